@@ -1,0 +1,155 @@
+"""Checkpoints that are whole or not there: written beside their place, flushed, and renamed into it.
+
+`step-000100/` holds `parameters.safetensors` (what is trained, by name), `state.pt` (optimizer, schedule, random
+states, the method's state; read with `weights_only=True`, so it cannot run code) and, written last, `checkpoint.json`
+with the sha256 of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunekit.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST = "checkpoint.json"
+PARAMETERS = "parameters.safetensors"
+STATE = "state.pt"
+
+
+@attrs.frozen(kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Args:
+        directory: where it is.
+        step: optimizer steps taken when it was written.
+        state: what the trainer and the method stored, and the random states.
+    """
+
+    directory: Path
+    step: int
+    state: Mapping[str, Any] = attrs.field(repr=False)
+
+    def load_parameters(self, model: nn.Module) -> None:
+        """Put the trained parameters into `model`; TrainingError unless they are exactly the ones it trains."""
+        import torch
+        from safetensors.torch import load_file
+
+        stored = load_file(self.directory / PARAMETERS)
+        trained = trained_parameters(model)
+        if stored.keys() != trained.keys() or any(stored[name].shape != trained[name].shape for name in stored):
+            raise TrainingError(
+                f"{self.directory} holds other parameters than this pipeline trains; it cannot be resumed"
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(stored[name])
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Any]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of `step` under `directory` and return its place; it appears there only when it is whole."""
+    import torch
+    from safetensors.torch import save_file
+
+    place = directory / f"step-{step:06d}"
+    scratch = directory / f".{place.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
+    save_file(parameters, scratch / PARAMETERS)
+    torch.save(dict(state), scratch / STATE)
+    digests = {name: _sha256(scratch / name) for name in (PARAMETERS, STATE)}
+    (scratch / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")
+    for file in scratch.iterdir():
+        _flush(file)
+    if place.exists():
+        # Only a resumed run comes here again, with the same step and the same content.
+        shutil.rmtree(place)
+    scratch.rename(place)
+    _flush(directory)
+    return place
+
+
+def newest(directory: Path) -> Checkpoint:
+    """The newest whole checkpoint under `directory`; ConfigError if there is none."""
+    import torch
+
+    for place in sorted(directory.glob("step-*"), reverse=True):
+        if is_whole(place):
+            manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+            state = torch.load(place / STATE, map_location="cpu", weights_only=True)
+            return Checkpoint(directory=place, step=manifest["step"], state=state)
+    raise ConfigError(f"there is no checkpoint to resume from in {directory}; start anew in another directory")
+
+
+def is_whole(place: Path) -> bool:
+    """Whether every file of the checkpoint is there, byte for byte as it was written."""
+    try:
+        digests = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        return all(_sha256(place / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def keep_newest(directory: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints."""
+    for place in sorted(directory.glob("step-*"), reverse=True)[count:]:
+        shutil.rmtree(place)
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every random number generator that training may draw from."""
+    import numpy as np
+    import torch
+
+    numbers = np.random.get_state(legacy=False)
+    return {
+        "python": list(random.getstate()),
+        "numpy": {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restore what `random_states` returned."""
+    import numpy as np
+    import torch
+
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write `path`, a file or a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,58 @@
+"""What every plugin component is: a frozen attrs class whose fields are its hyper-parameters."""
+
+from abc import ABC
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import attrs
+
+from tunekit.core.fields import check_types
+
+Kind = Literal["source", "adapter", "quantizer", "trainer", "evaluator"]
+
+
+@attrs.frozen(kw_only=True)
+class Context:
+    """What a component may know of the run it works in: facts, no services.
+
+    Args:
+        model_id: what the user wrote as the model: a Hub id, a directory, or `tunekit:tiny`.
+        model_type: the architecture by transformers' name ("llama", "gpt2"); empty while unknown.
+        seed: the seed of the run.
+        device: "cpu", "cuda" or "cuda:1"; empty while it is not chosen.
+        dtype: the dtype of the base weights, by torch's name ("float32", "bfloat16"); empty while not chosen.
+        quantization: the scheme in force ("nf4", "int8"), None for a base that is not quantized.
+        total_steps: planned optimizer steps; 0 while unknown (no data read yet).
+        run_directory: where the run writes; None outside of a run.
+    """
+
+    model_id: str
+    model_type: str = ""
+    seed: int = 0
+    device: str = ""
+    dtype: str = ""
+    quantization: str | None = None
+    total_steps: int = 0
+    run_directory: Path | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Component(ABC):
+    """Base of the five interfaces. A concrete component is `@attrs.frozen(kw_only=True)`: it is its own configuration.
+
+    Its fields are validated when it is made, in Python and from a recipe alike: every value must be of the annotated
+    type. Heavy packages (torch, transformers, ...) are imported inside its methods, never at the top of its module.
+    """
+
+    kind: ClassVar[Kind]
+    """Which of the five it is; set by the interface."""
+    name: ClassVar[str]
+    """Its name in recipes, kebab-case; set by the plugin."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Import names of packages it needs beyond tunekit's own; a missing one is a ConfigError with the install line."""
+
+    def __attrs_post_init__(self) -> None:
+        check_types(self)
+
+    def check(self, context: Context) -> None:  # noqa: B027 - most components have nothing to check
+        """Raise ConfigError if this component cannot work in `context`. Cheap: no torch, no network, no weights."""

@@ -1,0 +1,146 @@
+"""From sources to encoded rows: the validation share, the encoding, and an account of every row that is not used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from tunekit.core.batching import supervised_tokens
+from tunekit.core.codec import Codec
+from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
+from tunekit.errors import DataError
+
+
+@attrs.frozen(kw_only=True)
+class Data:
+    """The rows of a run.
+
+    Args:
+        train: encoded training rows.
+        validation: encoded held-out rows; empty where there are none.
+        changed: how many rows were dropped or cut, by reason ("train: cut to 512 tokens").
+    """
+
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    changed: Mapping[str, int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the training rows."""
+        return sum(len(row["input_ids"]) for row in self.train)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens in the training rows that carry loss."""
+        return sum(map(supervised_tokens, self.train))
+
+
+def load(
+    source: DataSource,
+    validation: float | DataSource,
+    trainer: Trainer,
+    codec: Codec,
+    longest: int | None,
+    seed: int,
+) -> Data:
+    """Read, split and encode.
+
+    Args:
+        source: the training rows, and where it has a split "validation", the held-out ones.
+        validation: a source of held-out rows, or the share of rows to hold out; 0 for none.
+        trainer: says how a row is encoded, how long it may be and what happens to a longer one.
+        codec: tokenizer and template.
+        longest: the model's context length in tokens; None where it is unknown.
+        seed: chooses which rows a share holds out.
+
+    Raises:
+        DataError: no rows, a row that cannot be used, rows that are too long.
+    """
+    rows = list(source.load("train"))
+    if not rows:
+        raise DataError("the data has no rows")
+    if isinstance(validation, DataSource):
+        held_out: list[Example] = list(validation.load("train"))
+        if not held_out:
+            raise DataError("the validation data has no rows")
+    elif "validation" in source.splits():
+        held_out = list(source.load("validation"))
+    else:
+        rows, held_out = hold_out(rows, validation, seed)
+    limit = min((bound for bound in (trainer.max_length, longest) if bound is not None), default=None)
+    changed: Counter[str] = Counter()
+    return Data(
+        train=_encode(rows, "train", trainer, codec, limit, changed),
+        validation=_encode(held_out, "validation", trainer, codec, limit, changed) if held_out else [],
+        changed=dict(changed),
+    )
+
+
+def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split rows into training and held-out ones by a hash of their content.
+
+    Rows that are added later do not move the others from one side to the other, and equal rows fall on the same side.
+    At least one row is on each side; DataError if there are not two different rows.
+    """
+    if not share:
+        return list(rows), []
+    ranks = [_rank(row, seed) for row in rows]
+    if len(set(ranks)) < 2:
+        raise DataError("a validation share needs at least two different rows; give more rows, or validation=0")
+    # Tiny data: the share may pick none or all, so the outermost ranks are always on their side.
+    lowest, highest = min(ranks), max(ranks)
+    held = [(rank < share and rank != highest) or rank == lowest for rank in ranks]
+    pairs = list(zip(rows, held, strict=True))
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+
+
+def _rank(row: Example, seed: int) -> float:
+    """A number in [0, 1) that depends on the row's content and the seed alone."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.sha256(f"{seed}\n{content}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _encode(
+    rows: Iterable[Example],
+    split: str,
+    trainer: Trainer,
+    codec: Codec,
+    limit: int | None,
+    changed: Counter[str],
+) -> list[Encoded]:
+    kept: list[Encoded] = []
+    too_long: list[int] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            encoded = trainer.encode(row, codec)
+        except DataError as error:
+            raise DataError(f"row {number} of {split}: {error}") from None
+        length = len(encoded["input_ids"])
+        if limit is not None and length > limit:
+            too_long.append(length)
+            if trainer.on_long != "truncate":
+                continue
+            encoded = {name: values[:limit] for name, values in encoded.items()}
+            if not supervised_tokens(encoded):
+                changed[f"{split}: dropped, nothing to learn from in the first {limit} tokens"] += 1
+                continue
+        elif not supervised_tokens(encoded):
+            raise DataError(f"row {number} of {split}: no token of it carries loss, so nothing can be learned from it")
+        kept.append(encoded)
+    if too_long and trainer.on_long == "error":
+        raise DataError(
+            f"{len(too_long)} rows of {split} are longer than {limit} tokens; the longest has {max(too_long)}. "
+            f"Set max_length={max(too_long)} (within the model's context), or on_long='truncate' or 'drop'"
+        )
+    if too_long:
+        done = "cut to" if trainer.on_long == "truncate" else "dropped, longer than"
+        changed[f"{split}: {done} {limit} tokens"] += len(too_long)
+    if not kept:
+        raise DataError(f"no row of {split} is left to use: {dict(changed)}")
+    return kept

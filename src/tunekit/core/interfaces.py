@@ -1,0 +1,193 @@
+"""The five interfaces a plugin implements: DataSource, AdapterMethod, Quantizer, Trainer, Evaluator."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import attrs
+
+from tunekit.core.component import Component, Context
+from tunekit.errors import ConfigError, NotSupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunekit.core.codec import Codec
+    from tunekit.core.run import RunLog
+
+Example = Mapping[str, Any]
+"""One row in a form the codec knows: `{"messages": [...]}`, `{"text": ...}`; never tokens."""
+
+Encoded = Mapping[str, Sequence[int]]
+"""One row as tokens: `{"input_ids": (time,), "labels": (time,)}`; a label of -100 carries no loss."""
+
+
+class DataSource(Component):
+    """Where rows come from. Making one does no I/O; loading it gives the same rows in the same order each time."""
+
+    kind: ClassVar[Literal["source"]] = "source"
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that `load` takes; "train" is one of them."""
+        return ("train",)
+
+    @abstractmethod
+    def load(self, split: str) -> Iterable[Example]:
+        """Yield the rows of `split`. Raises DataError with `file:line` for a row that cannot be used."""
+
+
+class Quantizer(Component):
+    """How the base weights are stored in fewer bits."""
+
+    kind: ClassVar[Literal["quantizer"]] = "quantizer"
+    scheme: str
+    """The storage scheme ("nf4", "int8") that adapter methods list in `supports`."""
+
+    @abstractmethod
+    def load_kwargs(self, context: Context) -> dict[str, Any]:
+        """Keyword arguments merged into `AutoModelForCausalLM.from_pretrained`."""
+
+    def prepare(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """Touch the loaded model before an adapter is attached. Default: leave it as it is."""
+        return model
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """The weight of a quantized linear module as float32, shape (out_features, in_features)."""
+
+
+class AdapterMethod(Component):
+    """What is trained on top of a base model: parameters added (LoRA), or chosen (biases, the last layers, all)."""
+
+    kind: ClassVar[Literal["adapter"]] = "adapter"
+    supports: ClassVar[frozenset[str]] = frozenset()
+    """Quantization schemes it can train on; checked before anything is loaded."""
+
+    def default_quantizer(self) -> Quantizer | None:
+        """The quantizer used when the pipeline names none. Default: no quantization."""
+        return None
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
+        """Freeze `model`, add parameters, and return the module to train; its `requires_grad` says what is trained."""
+
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """A scalar added to the loss once per optimizer step, never in evaluation. Default: None."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after `optimizer.step()` and before `zero_grad()`; `step` counts from 1."""
+
+    def train_state(self, model: nn.Module) -> Mapping[str, Any]:
+        """What exact resume needs beyond the trained parameters: JSON values and tensors. Default: nothing."""
+        return {}
+
+    def load_train_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore what `train_state` returned, after `attach` and before the first step."""
+        if state:
+            raise NotSupported(f"{self.name}: has a train state to restore, but no load_train_state")
+
+    @abstractmethod
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write what was trained, and nothing else, as safetensors into the existing `directory`."""
+
+    @abstractmethod
+    def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
+        """Put what `save` wrote onto a fresh base `model` and return it, ready for inference."""
+
+    def merge(self, model: nn.Module, context: Context) -> PreTrainedModel:
+        """A plain model with the training folded into its weights; `model` itself stays as it is."""
+        raise NotSupported(f"{self.name}: cannot be merged into its base; keep the adapter and the base side by side")
+
+
+@attrs.frozen(kw_only=True)
+class TrainResult:
+    """What `Trainer.fit` returns.
+
+    Args:
+        steps: optimizer steps taken, those before a resume included.
+        metrics: figures about the training itself, by name.
+    """
+
+    steps: int
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+
+
+class Trainer(Component):
+    """The loop: which rows make a step, how the loss is made, and when the parameters move."""
+
+    kind: ClassVar[Literal["trainer"]] = "trainer"
+    max_length: int | None = None
+    """Longest row in tokens; None means the context length of the model."""
+    on_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a longer row; drops and cuts are counted in the plan and the result."""
+
+    @abstractmethod
+    def planned_steps(self, rows: int) -> int:
+        """Optimizer steps that `fit` takes on `rows` training rows, exactly."""
+
+    def encode(self, example: Example, codec: Codec) -> Encoded:
+        """Turn one row into tokens and labels. Default: supervised fine-tuning on what the assistant says."""
+        return codec.encode(example)
+
+    @abstractmethod
+    def fit(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Encoded],
+        *,
+        after_step: Callable[[nn.Module, int], None],
+        extra_loss: Callable[[nn.Module], Tensor | None],
+        validate: Callable[[], Mapping[str, float]] | None,
+        run: RunLog,
+        context: Context,
+    ) -> TrainResult:
+        """Train `model` in place.
+
+        Args:
+            model: what `AdapterMethod.attach` returned, on its device.
+            tokenizer: for its pad token and decoding.
+            train: encoded rows, each at most `max_length` tokens.
+            after_step: to be called once per optimizer step with the step's number, counted from 1, after
+                `optimizer.step()` and before `zero_grad()`.
+            extra_loss: to be called once per optimizer step; its result, if any, is added to that step's loss.
+            validate: evaluates on the validation rows; None where there are none.
+            run: `run.log(step, ...)` and `run.save(step, ...)`, and what a resumed run starts from (`run.resumed`).
+            context: the facts of the run.
+        """
+
+
+class Evaluator(Component):
+    """A measure of a model on held-out rows."""
+
+    kind: ClassVar[Literal["evaluator"]] = "evaluator"
+    better: ClassVar[Mapping[str, Literal["min", "max"]]]
+    """Every metric that `evaluate` returns, and which direction is better."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context
+    ) -> Mapping[str, float]:
+        """Measure `model` on encoded rows; finite numbers, one for each name in `better`.
+
+        Leaves the model's parameters, gradients and mode, and all random states, as they were.
+        """
+
+
+INTERFACES: Mapping[str, type[Component]] = {
+    cls.kind: cls for cls in (DataSource, AdapterMethod, Quantizer, Trainer, Evaluator)
+}
+"""The five interfaces by kind."""
+
+
+def interface_of(kind: str) -> type[Component]:
+    """The interface of a kind; raises ConfigError for a kind that is none of the five."""
+    try:
+        return INTERFACES[kind]
+    except KeyError:
+        raise ConfigError(f"{kind!r} is no kind of component; the kinds are {', '.join(INTERFACES)}") from None

@@ -1,0 +1,158 @@
+"""Finding and loading base models and tokenizers: safetensors only, no remote code unless the user allows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunekit.core.assets import resolve
+from tunekit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@attrs.frozen(kw_only=True)
+class Base:
+    """A base model by name, and how much of it is trusted.
+
+    Args:
+        model: a Hub id, a directory, or `tunekit:tiny`.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: whether code in the model's repository may run.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for a model that cannot exist: no download, no torch."""
+        path = self._path
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ConfigError(f"the directory {path} holds no config.json, so it is no model", "model")
+        elif path.exists():
+            raise ConfigError(f"{path} is a file; name the model's directory", "model")
+        elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.model):
+            raise ConfigError(f"there is no directory {self.model!r}, and a Hub id it cannot be", "model")
+
+    def model_type(self) -> str:
+        """The architecture by transformers' name ("llama"), where it stands in a local directory; else empty."""
+        path = self._path / "config.json"
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8")).get("model_type", ""))
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}", "model") from None
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        return self._load(AutoConfig)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return self._load(AutoTokenizer)
+
+    def empty(self) -> PreTrainedModel:
+        """The model without weights, on the meta device: parameters can be counted, nothing is loaded."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+
+    def load(self, *, device: str, dtype: str, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """The model with its weights on `device`, in evaluation mode.
+
+        Args:
+            device: where the weights go ("cpu", "cuda", "cuda:1").
+            dtype: torch's name of their dtype.
+            options: more arguments of `from_pretrained`: what a quantizer's `load_kwargs` returned.
+
+        Raises:
+            ConfigError: it cannot be found or read, or its file lacks weights that the architecture has.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model, report = self._load(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, dtype),
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
+            **(options or {}),
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            # transformers would fill them with random numbers and only log it.
+            lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            raise ConfigError(
+                f"{self.model!r} lacks {len(lacking)} weights of its architecture: {lacking[0]}, ...", "model"
+            )
+        return model.eval()
+
+    @property
+    def _path(self) -> Path:
+        return Path(resolve(self.model)).expanduser()
+
+    def _load(self, auto: Any, **options: Any) -> Any:
+        """`from_pretrained` of one of transformers' Auto classes, from the directory if there is one, else the Hub."""
+        source = str(self._path) if self._path.is_dir() else self.model
+        try:
+            with _no_progress_bars():
+                return auto.from_pretrained(
+                    source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
+                )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot load {self.model!r}: {reason}", "model") from error
+
+
+def choose_device(device: str | None) -> str:
+    """The device to use: the user's, else "cuda" where there is one, else "cpu"; ConfigError if it is not there."""
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "device")
+    return chosen
+
+
+def choose_dtype(dtype: str | None, device: str) -> str:
+    """The dtype of the base weights: the user's, else bfloat16 on CUDA and float32 on the CPU."""
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        found = getattr(config.get_text_config(), name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would fight with ours; restored afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

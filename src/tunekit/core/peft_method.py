@@ -1,0 +1,78 @@
+"""`PeftMethod`: an adapter method that PEFT implements needs one method, `peft_config`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.core.component import Context
+from tunekit.core.interfaces import AdapterMethod
+from tunekit.errors import ConfigError, NotSupported
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+class PeftMethod(AdapterMethod):
+    """An adapter method of PEFT: attaching, saving in PEFT's own file layout, loading and merging are done here.
+
+    A subclass gives `peft_config(context)`: a fresh configuration each time, since PEFT writes into it.
+    """
+
+    @abstractmethod
+    def peft_config(self, context: Context) -> PeftConfig:
+        """The PEFT configuration for a run with these facts (`context.total_steps` are known by now)."""
+
+    def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
+        """Wrap `model` by PEFT; the adapter's parameters are float32, whatever the base's dtype."""
+        from peft import get_peft_model
+
+        config = self.peft_config(context)
+        try:
+            with _quiet():
+                wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"{error}", self.name) from error
+        # PEFT notes the path the base was loaded from; the user's own name for it holds on other machines too.
+        config.base_model_name_or_path = context.model_id
+        return wrapped
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained` reads them."""
+        for config in model.peft_config.values():
+            config.inference_mode = True
+        model.save_pretrained(directory)
+        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+    def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
+        """A PeftModel over `model` with the saved adapter, for inference; ConfigError if its tensors do not fit."""
+        from peft import PeftModel
+
+        try:
+            with _quiet():
+                return PeftModel.from_pretrained(model, directory)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
+
+    def merge(self, model: PeftModel, context: Context) -> PreTrainedModel:
+        """A plain model: the product of the adapter added in float32 to a copy of the base, then cast once."""
+        if context.quantization:
+            raise NotSupported(f"{self.name}: merging onto a {context.quantization} base is not supported")
+        merged = copy.deepcopy(model)
+        dtype = next(merged.base_model.parameters()).dtype
+        return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's call of a name that transformers renamed: nothing a user could do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

@@ -1,0 +1,374 @@
+"""The pipeline: the one place where the five parts meet. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from tunekit.core import dataset, recipe
+from tunekit.core import run as files
+from tunekit.core.codec import Codec
+from tunekit.core.component import Component, Context
+from tunekit.core.evaluation import evaluating
+from tunekit.core.fields import check_types
+from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Quantizer, Trainer
+from tunekit.core.model import Base, choose_device, choose_dtype, context_length
+from tunekit.core.observers import Observers
+from tunekit.core.plan import Plan, count_parameters, standing_memory
+from tunekit.core.registry import default_registry
+from tunekit.core.result import Loaded, Run
+from tunekit.core.run import RunLog
+from tunekit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _builtin(kind: str, name: str) -> Any:
+    """A built-in component with its own defaults."""
+    return default_registry().find(kind, name)()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+@attrs.frozen(kw_only=True)
+class Pipeline:
+    """A fine-tune, composed of its parts. The pipeline is the recipe: `save` writes it, `tunekit.load` reads it.
+
+    Args:
+        model: a Hub id, a local directory, or `tunekit.TINY`, the embedded model.
+        revision: branch, tag or commit of a Hub model.
+        template: a Jinja chat template; None takes the model's own, else a plain one with headings.
+        data: where the rows come from.
+        validation: the share of rows to hold out (0 for none), or a source of held-out rows.
+        adapter: what is trained.
+        quantizer: how the base is stored; None takes what the adapter method brings, if any.
+        trainer: the loop.
+        evaluators: what is measured on the held-out rows, before and after training.
+        seed: of the initial adapter, the order of rows, dropout, and the choice of held-out rows.
+        device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
+        dtype: of the base weights; None takes bfloat16 on CUDA and float32 on the CPU.
+        trust_remote_code: whether code in the model's repository may run.
+    """
+
+    model: str = attrs.field(converter=_as_text)
+    revision: str | None = None
+    template: str | None = None
+    data: DataSource
+    validation: float | DataSource = 0.1
+    adapter: AdapterMethod = attrs.field(factory=partial(_builtin, "adapter", "lora"))
+    quantizer: Quantizer | None = None
+    trainer: Trainer = attrs.field(factory=partial(_builtin, "trainer", "sft"))
+    evaluators: tuple[Evaluator, ...] = attrs.field(
+        default=attrs.Factory(lambda: (default_registry().find("evaluator", "perplexity")(),)),
+        converter=_as_tuple,
+    )
+    seed: int = 0
+    device: str | None = None
+    dtype: Dtype | None = None
+    trust_remote_code: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        check_types(self)
+
+    # What it is -------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain tables; `from_dict` makes an equal pipeline of it."""
+        table: dict[str, Any] = recipe.to_table(self, default_registry())
+        return table
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Pipeline:
+        """The pipeline that a recipe describes; ConfigError with the field's dotted path if it is wrong."""
+        pipeline = recipe.from_table(recipe.without_format(table), cls, default_registry())
+        assert isinstance(pipeline, Pipeline)
+        return pipeline
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as TOML, every field that is set included."""
+        recipe.write(Path(path), self.to_dict())
+
+    # What it would do -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise ConfigError for anything that cannot work, before any download or heavy import (no torch)."""
+        context = self._context()
+        self._base.check()
+        if not isinstance(self.validation, DataSource) and not 0 <= self.validation < 1:
+            raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
+        if self.dtype == "float16" and self.device == "cpu":
+            raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
+        scheme = context.quantization
+        if scheme and scheme not in self.adapter.supports:
+            able = ", ".join(sorted(self.adapter.supports)) or "no quantized base"
+            raise ConfigError(
+                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
+            )
+        names = [name for evaluator in self.evaluators for name in evaluator.better]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
+        for component in self._components:
+            _check_requirements(component)
+            component.check(context)
+
+    def plan(self) -> Plan:
+        """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
+        self.check()
+        config = self._base.config()
+        data = self._data(self._codec(), context_length(config))
+        steps = self.trainer.planned_steps(len(data.train))
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        model = self._base.empty()
+        trained = self.adapter.attach(model, self._context(device=device, dtype=dtype, steps=steps))
+        trainable, total = count_parameters(trained)
+        return Plan(
+            rows=len(data.train),
+            validation_rows=len(data.validation),
+            steps=steps,
+            tokens=data.tokens,
+            supervised_tokens=data.supervised_tokens,
+            longest=max(len(row["input_ids"]) for row in data.train),
+            trainable_parameters=trainable,
+            total_parameters=total,
+            memory=standing_memory(trained, base_bytes=4 if dtype == "float32" else 2),
+            changed=data.changed,
+        )
+
+    # Doing it ---------------------------------------------------------------------------------------------------------
+
+    def run(self, directory: str | Path, *, resume: bool = False, observers: Iterable[object] = ()) -> Run:
+        """Fine-tune, measuring the base before and the result after, and write everything into `directory`.
+
+        Args:
+            directory: the run directory; it must be new or empty unless the run is resumed.
+            resume: go on from the newest checkpoint of an unfinished run of this same pipeline.
+            observers: objects with hook methods (`tunekit_log`, ...), told of this run only.
+
+        Raises:
+            ConfigError, DataError: before any weights are loaded.
+            RunExists: the directory is taken; nothing is overwritten.
+            TrainingError: the training went wrong in a way that would have ruined the result.
+        """
+        directory = Path(directory)
+        self.check()
+        if not resume:
+            files.check_free(directory)
+        device = choose_device(self.device)
+        codec = self._codec()
+        data = self._data(codec, context_length(self._base.config()))
+        steps = self.trainer.planned_steps(len(data.train))
+        context = self._context(device=device, steps=steps, directory=directory)
+
+        resumed = self._resume(directory) if resume else None
+        if resumed is None:
+            self._begin(directory, context)
+        log = RunLog(directory=directory, observers=Observers(default_registry(), observers), resumed=resumed)
+        log.note(f"resumed at step {resumed.step}" if resumed else "started")
+        log.observers.emit("tunekit_run_started", run=log, steps=steps)
+        try:
+            run = self._train(log, codec, data, context)
+        except BaseException as error:
+            log.note(f"stopped by {type(error).__name__}: {error}")
+            log.observers.emit("tunekit_run_finished", run=log, error=error)
+            raise
+        log.note("finished")
+        log.observers.emit("tunekit_run_finished", run=log, error=None)
+        return run
+
+    def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context) -> Run:
+        from transformers import set_seed
+
+        began = time.monotonic()
+        base = self._load_base(codec, context)
+        if log.resumed:
+            base_metrics = files.read_json(log.directory / files.BASE_METRICS)
+        else:
+            base_metrics = self._evaluate(base, codec.tokenizer, data.validation, context)
+            files.write_json(log.directory / files.BASE_METRICS, base_metrics)
+
+        set_seed(self.seed)
+        model = self.adapter.attach(base, context)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
+        log.method_state = partial(self.adapter.train_state, model)
+        if log.resumed:
+            log.resumed.load_parameters(model)
+            self.adapter.load_train_state(model, log.resumed.state["method"])
+
+        trained = self.trainer.fit(
+            model,
+            codec.tokenizer,
+            data.train,
+            after_step=self.adapter.after_step,
+            extra_loss=self.adapter.extra_loss,
+            validate=partial(self._evaluate, model, codec.tokenizer, data.validation, context)
+            if data.validation
+            else None,
+            run=log,
+            context=context,
+        )
+
+        self._save_adapter(model, codec, log.directory / files.ADAPTER)
+        metrics = self._evaluate(model, codec.tokenizer, data.validation, context)
+        trainable, total = count_parameters(model)
+        result = {
+            "metrics": metrics,
+            "base_metrics": base_metrics,
+            "training": {"steps": trained.steps, **trained.metrics},
+            "rows": {"train": len(data.train), "validation": len(data.validation), "changed": data.changed},
+            "tokens": {"train": data.tokens, "supervised": data.supervised_tokens},
+            "parameters": {"trainable": trainable, "total": total},
+            "components": [default_registry().provenance(type(component)) for component in self._components],
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        files.write_json(log.directory / files.RESULT, result)
+        return self._finished(log.directory, Loaded(model=model.eval(), codec=codec, context=context))
+
+    # Its parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _base(self) -> Base:
+        return Base(model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def _quantizer(self) -> Quantizer | None:
+        return self.quantizer or self.adapter.default_quantizer()
+
+    @property
+    def _components(self) -> list[Component]:
+        parts = [self.data, self.validation, self.adapter, self._quantizer, self.trainer, *self.evaluators]
+        return [part for part in parts if isinstance(part, Component)]
+
+    def _context(
+        self,
+        device: str | None = None,
+        dtype: str | None = None,
+        steps: int = 0,
+        directory: Path | None = None,
+    ) -> Context:
+        return Context(
+            model_id=self.model,
+            model_type=self._base.model_type(),
+            seed=self.seed,
+            device=device or self.device or "",
+            dtype=dtype or (choose_dtype(self.dtype, device) if device else self.dtype or ""),
+            quantization=self._quantizer.scheme if self._quantizer else None,
+            total_steps=steps,
+            run_directory=directory,
+        )
+
+    def _codec(self) -> Codec:
+        return Codec(self._base.tokenizer(), self.template)
+
+    def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
+        return dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed)
+
+    def _begin(self, directory: Path, context: Context) -> None:
+        """A new run directory with the recipe and the environment in it."""
+        table = self.to_dict()
+        files.create(directory)
+        recipe.write(directory / files.RECIPE, table)
+        environment = files.environment(default_registry(), context.device, context.dtype, self.seed)
+        files.write_json(directory / files.ENVIRONMENT, environment)
+
+    def _resume(self, directory: Path) -> Any:
+        """The checkpoint to go on from, if the run in `directory` was made by this very pipeline."""
+        found = files.reopen(directory)
+        written = recipe.read(directory / files.RECIPE)
+        changed = recipe.differences(written, self.to_dict())
+        if changed:
+            raise ConfigError(
+                f"the run in {directory} was started by another pipeline; changed: {'; '.join(changed)}",
+                "resume",
+            )
+        return found
+
+    def _load_base(self, codec: Codec, context: Context) -> PreTrainedModel:
+        """The base model, quantized if asked for, whose generation stops at every stop token."""
+        quantizer = self._quantizer
+        options = quantizer.load_kwargs(context) if quantizer else {}
+        model = self._base.load(device=context.device, dtype=context.dtype, options=options)
+        if quantizer:
+            model = quantizer.prepare(model, context)
+        own = model.generation_config.eos_token_id
+        stops = [own] if isinstance(own, int) else list(own or [])
+        model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *codec.stop_ids]))
+        return model
+
+    def _evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], context: Context
+    ) -> dict[str, float]:
+        """All metrics on held-out rows; none where there are no rows."""
+        metrics: dict[str, float] = {}
+        if rows:
+            with evaluating(model):
+                for evaluator in self.evaluators:
+                    metrics |= evaluator.evaluate(model, tokenizer, rows, context)
+        return metrics
+
+    def _save_adapter(self, model: nn.Module, codec: Codec, directory: Path) -> None:
+        """The adapter, and beside it what is needed to use it: who made it, on which base, with which template."""
+        directory.mkdir(exist_ok=True)
+        self.adapter.save(model, directory)
+        files.write_json(
+            directory / files.PROVENANCE,
+            {
+                **default_registry().provenance(type(self.adapter)),
+                "model": self.model,
+                "revision": self.revision,
+                "template": codec.template,
+            },
+        )
+
+    def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
+        return Run(directory, self.adapter, partial(self._open, directory), tuned)
+
+    def _open(self, directory: Path, tuned: bool) -> Loaded:
+        """The tuned model of a finished run, or its base, fresh from disk."""
+        context = self._context(device=choose_device(self.device), directory=directory)
+        codec = self._codec()
+        model: nn.Module = self._load_base(codec, context)
+        if tuned:
+            model = self.adapter.load(model, directory / files.ADAPTER)
+        return Loaded(model=model.eval(), codec=codec, context=context)
+
+
+def load(path: str | Path) -> Pipeline:
+    """The pipeline in a TOML recipe; ConfigError with file, dotted path and a suggestion if it is wrong."""
+    return Pipeline.from_dict(recipe.read(Path(path)))
+
+
+def open_run(directory: str | Path) -> Run:
+    """A finished run, from its directory; ConfigError if there is none."""
+    directory = Path(directory)
+    if not (directory / files.RESULT).is_file():
+        state = "is not finished" if (directory / files.RECIPE).is_file() else "is not there"
+        raise ConfigError(f"the run in {directory} {state}", "directory")
+    return load(directory / files.RECIPE)._finished(directory)
+
+
+def _check_requirements(component: Component) -> None:
+    missing = [name for name in component.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{component.name} needs {', '.join(missing)}: pip install {' '.join(missing)}",
+            type(component).__name__,
+        )

@@ -1,0 +1,354 @@
+"""The registry: which plugins are installed, and which component a name stands for.
+
+Discovery happens on the first lookup, never at import: the built-ins first, then the entry points of group `tunekit`,
+sorted by distribution and name. Each plugin loads in its own `try`, so one that is broken is recorded and reported, and
+the others work. One that is disabled by `TUNEKIT_DISABLE_PLUGINS` is recorded and not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import attrs
+import pluggy
+
+from tunekit.core import hookspecs
+from tunekit.core.component import Component
+from tunekit.core.fields import did_you_mean
+from tunekit.core.hookspecs import API, PROJECT, Lazy
+from tunekit.core.interfaces import INTERFACES, interface_of
+from tunekit.core.table import table
+from tunekit.errors import AmbiguousComponent, PluginError, PluginWarning, UnknownComponent
+
+BUILTINS: Mapping[str, str] = {
+    "builtin": "tunekit.plugins",
+    "progress": "tunekit.plugins.observers.progress",
+}
+"""The plugin modules that tunekit itself brings, by plugin name."""
+
+ComponentClass = TypeVar("ComponentClass", bound=type[Component])
+
+
+@attrs.frozen(kw_only=True)
+class Plugin:
+    """One installed plugin and what became of it.
+
+    Args:
+        name: the name of its entry point.
+        distribution: the distribution that brings it.
+        version: that distribution's version.
+        status: "loaded", "disabled" (not imported), "failed" or "incompatible" (with this plugin interface).
+        error: why it is not loaded; empty where it is.
+        components: its components as "kind/name".
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: Literal["loaded", "disabled", "failed", "incompatible"] = "loaded"
+    error: str = ""
+    components: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """Distribution and version in one word, as errors say it."""
+        return f"{self.distribution} {self.version}"
+
+
+class Plugins(tuple[Plugin, ...]):
+    """The installed plugins; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [[p.name, p.distribution, p.version, p.status, p.error or ", ".join(p.components)] for p in self]
+        return table(["plugin", "distribution", "version", "status", "components or error"], rows)
+
+
+@attrs.frozen(kw_only=True)
+class _Offer:
+    """A component as offered by one plugin."""
+
+    plugin: Plugin
+    component: type[Component] | Lazy
+
+    @property
+    def spelling(self) -> str:
+        return f"{self.plugin.distribution}/{self.component.name}"
+
+
+class Registry:
+    """Finds plugins and their components; `tunekit` uses one instance, tests make their own.
+
+    Args:
+        builtins: plugin modules loaded before any entry point, by plugin name.
+        environment: where `TUNEKIT_DISABLE_PLUGINS` and `TUNEKIT_STRICT_PLUGINS` are read; None means `os.environ`.
+    """
+
+    def __init__(self, builtins: Mapping[str, str] = BUILTINS, environment: Mapping[str, str] | None = None) -> None:
+        self._builtins = builtins
+        self._environment = os.environ if environment is None else environment
+        self._lock = threading.RLock()
+        self._plugins: list[Plugin] = []
+        self._modules: dict[str, ModuleType] = {}
+        self._offers: dict[tuple[str, str], list[_Offer]] = {}
+        self._discovered = False
+
+    def plugins(self) -> Plugins:
+        """Every installed plugin, built-ins first, with its status."""
+        self._discover()
+        return Plugins(self._plugins)
+
+    def modules(self) -> Mapping[str, ModuleType]:
+        """The modules of the loaded plugins by plugin spelling, for their observer hooks."""
+        self._discover()
+        return dict(self._modules)
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """The names of all components of a kind, sorted."""
+        self._discover()
+        return tuple(sorted(name for offered, name in self._offers if offered == kind))
+
+    def find(self, kind: str, name: str) -> type[Component]:
+        """The component class that `name` stands for; `distribution/name` picks between plugins.
+
+        Raises:
+            UnknownComponent: nobody offers it; suggests near names and names plugins that failed to load.
+            AmbiguousComponent: two distributions offer it, and neither is tunekit.
+            PluginError: its plugin names a class that is not there or breaks the rules.
+        """
+        interface_of(kind)
+        self._discover()
+        distribution, _, bare = name.rpartition("/")
+        offers = self._offers.get((kind, bare), [])
+        if distribution:
+            offers = [offer for offer in offers if offer.plugin.distribution == distribution]
+        if not offers:
+            raise UnknownComponent(self._unknown(kind, name))
+        ours = [offer for offer in offers if offer.plugin.distribution == PROJECT]
+        if len(offers) > 1 and not ours:
+            spellings = " or ".join(repr(offer.spelling) for offer in offers)
+            origins = " and ".join(offer.plugin.origin for offer in offers)
+            raise AmbiguousComponent(
+                f"{origins} both offer {_article(kind)} named {bare!r}; write {spellings}, or disable one with "
+                "TUNEKIT_DISABLE_PLUGINS"
+            )
+        offer = (ours or offers)[0]
+        return _resolve(offer)
+
+    def register(self, component: ComponentClass) -> ComponentClass:
+        """Make a class of the user's own script known by name, so that a saved recipe can be loaded there again.
+
+        Usable as a decorator. Raises PluginError if the class breaks a rule or its name is taken.
+        """
+        self._discover()
+        _check_component(component, component.kind, component.name)
+        origin = inspect.getmodule(component)
+        plugin = Plugin(name=component.name, distribution="local", version=getattr(origin, "__name__", "script"))
+        offers = self._offers.get((component.kind, component.name), [])
+        # A notebook cell that is run again defines the class anew: the newer one counts.
+        others = [offer for offer in offers if offer.plugin.distribution != "local"]
+        if others:
+            raise PluginError(
+                f"{component.__qualname__}: {others[0].plugin.origin} already offers {component.name!r}; "
+                "choose another name"
+            )
+        self._offers[component.kind, component.name] = [_Offer(plugin=plugin, component=component)]
+        return component
+
+    def spelling(self, component: type[Component]) -> str:
+        """How a recipe names this class: its bare name, or `distribution/name` where the bare one means another."""
+        self._discover()
+        offers = self._offers.get((component.kind, component.name), [])
+        mine = [offer for offer in offers if _is(offer, component)]
+        if offers and not mine:
+            raise PluginError(
+                f"{component.__qualname__} is named {component.name!r}, which is the {component.kind} of "
+                f"{offers[0].plugin.origin}; give your class another name"
+            )
+        ours = [offer for offer in offers if offer.plugin.distribution == PROJECT]
+        bare = len(offers) <= 1 or (ours and mine[0] is ours[0])
+        return component.name if bare else mine[0].spelling
+
+    def provenance(self, component: type[Component]) -> dict[str, str]:
+        """Which component, distribution and version an artefact was made by."""
+        self._discover()
+        for offer in self._offers.get((component.kind, component.name), []):
+            if _is(offer, component):
+                return {
+                    "component": f"{component.kind}/{component.name}",
+                    "distribution": offer.plugin.distribution,
+                    "version": offer.plugin.version,
+                }
+        return {
+            "component": f"{component.kind}/{component.name}",
+            "distribution": "local",
+            "version": component.__module__,
+        }
+
+    def _discover(self) -> None:
+        with self._lock:
+            if self._discovered:
+                return
+            self._discovered = True
+            disabled = _names(self._environment.get("TUNEKIT_DISABLE_PLUGINS", ""))
+            version = _version(PROJECT)
+            for name, module in self._builtins.items():
+                plugin = Plugin(name=name, distribution=PROJECT, version=version)
+                self._admit(plugin, functools.partial(importlib.import_module, module), name in disabled)
+            for point in _entry_points():
+                distribution = point.dist.name if point.dist else "unknown"
+                plugin = Plugin(
+                    name=point.name,
+                    distribution=distribution,
+                    version=point.dist.version if point.dist else "unknown",
+                )
+                self._admit(plugin, point.load, bool({point.name, distribution, "*"} & disabled))
+
+    def _admit(self, plugin: Plugin, load: Any, disabled: bool) -> None:
+        """Load one plugin and record what became of it; its components count only if all of it is in order."""
+        if disabled:
+            self._plugins.append(attrs.evolve(plugin, status="disabled", error="by TUNEKIT_DISABLE_PLUGINS"))
+            return
+        try:
+            module = load()
+            api = getattr(module, "TUNEKIT_API", API)
+            if api != API:
+                reason = f"written for plugin interface {api}, this tunekit has {API}"
+                self._set_aside(attrs.evolve(plugin, status="incompatible", error=reason), None)
+                return
+            offered = _components(module)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a plugin may do anything at import; the others must live on
+            reason = f"{type(error).__name__}: {error}"
+            self._set_aside(attrs.evolve(plugin, status="failed", error=reason), error)
+            return
+        names = tuple(f"{component.kind}/{component.name}" for component in offered)
+        plugin = attrs.evolve(plugin, components=names)
+        self._plugins.append(plugin)
+        self._modules[f"{plugin.distribution}/{plugin.name}"] = module
+        for component in offered:
+            offer = _Offer(plugin=plugin, component=component)
+            self._offers.setdefault((component.kind, component.name), []).append(offer)
+
+    def _set_aside(self, plugin: Plugin, cause: BaseException | None) -> None:
+        self._plugins.append(plugin)
+        message = f"plugin {plugin.name!r} of {plugin.origin} is {plugin.status}: {plugin.error}"
+        if self._environment.get("TUNEKIT_STRICT_PLUGINS") == "1":
+            raise PluginError(message) from cause
+        warnings.warn(message, PluginWarning, stacklevel=2)
+
+    def _unknown(self, kind: str, name: str) -> str:
+        message = f"no {kind} is named {name!r}{did_you_mean(name, self.names(kind))}"
+        missing = [p for p in self._plugins if p.status != "loaded"]
+        if missing:
+            listed = "; ".join(f"{p.name} of {p.origin} ({p.status}: {p.error})" for p in missing)
+            message += f". Not loaded: {listed}"
+        return message
+
+
+def _entry_points() -> Sequence[importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group=PROJECT)
+    return sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))
+
+
+def _components(module: Any) -> Sequence[type[Component] | Lazy]:
+    """What the plugin module offers, after all its hooks were checked against the specifications."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(module)
+    check_hooks(manager, module)
+    offered: list[type[Component] | Lazy] = []
+    for returned in manager.hook.tunekit_components():
+        for component in returned:
+            if isinstance(component, Lazy):
+                interface_of(component.kind)
+            else:
+                _check_component(component, getattr(component, "kind", None), getattr(component, "name", None))
+            offered.append(component)
+    return offered
+
+
+def check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
+    """Raise PluginError if `plugin` implements a hook that does not exist, or wraps one."""
+    known = [name for name in vars(manager.hook) if name.startswith("tunekit_")]
+    for caller in manager.get_hookcallers(plugin) or []:
+        if not caller.has_spec():
+            specified = [name for name in known if getattr(manager.hook, name).has_spec()]
+            raise PluginError(f"{caller.name!r} is no hook of tunekit{did_you_mean(caller.name, specified)}")
+        if any(impl.plugin is plugin and (impl.wrapper or impl.hookwrapper) for impl in caller.get_hookimpls()):
+            raise PluginError(f"{caller.name}: hooks observe; a wrapper is not allowed")
+
+
+def _resolve(offer: _Offer) -> type[Component]:
+    component = offer.component
+    if not isinstance(component, Lazy):
+        return component
+    module, _, attribute = component.target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"plugin {offer.plugin.name!r} of {offer.plugin.origin} names {component.target!r}, "
+            f"which cannot be imported: {error}"
+        ) from error
+    _check_component(found, component.kind, component.name)
+    return found  # type: ignore[no-any-return]
+
+
+def _check_component(component: Any, kind: str | None, name: str | None) -> None:
+    """Raise PluginError unless `component` is a concrete component class of this kind and name."""
+    is_component = inspect.isclass(component) and issubclass(component, tuple(INTERFACES.values()))
+    if not is_component:
+        raise PluginError(f"{component!r} is no component: it must be a subclass of one of the five interfaces")
+    where = f"{component.__module__}.{component.__qualname__}"
+    if component.kind != kind or getattr(component, "name", None) != name or not name:
+        raise PluginError(
+            f"{where} is {component.kind}/{getattr(component, 'name', '(no name)')}, but is offered as {kind}/{name}"
+        )
+    if inspect.isabstract(component):
+        missing = ", ".join(sorted(component.__abstractmethods__))
+        raise PluginError(f"{where} is abstract: it must define {missing}")
+    if "__attrs_attrs__" not in vars(component):
+        raise PluginError(f"{where} is not an attrs class: decorate it with @attrs.frozen(kw_only=True)")
+
+
+def _is(offer: _Offer, component: type[Component]) -> bool:
+    if isinstance(offer.component, Lazy):
+        return offer.component.target == f"{component.__module__}:{component.__qualname__}"
+    return offer.component is component
+
+
+def _names(text: str) -> set[str]:
+    return {name.strip() for name in text.split(",") if name.strip()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+@functools.cache
+def default_registry() -> Registry:
+    """The registry that `tunekit` itself uses."""
+    return Registry()
+
+
+def register(component: ComponentClass) -> ComponentClass:
+    """Make a component class of your own script known by name, so that a saved recipe can be loaded there again."""
+    return default_registry().register(component)

@@ -1,0 +1,41 @@
+"""The built-in components, named without importing them. They enter the registry as anybody's do.
+
+The package is callable: `tunekit.plugins()` prints what is installed.
+"""
+
+import sys
+from types import ModuleType
+
+from tunekit.core.hookspecs import Lazy, hookimpl
+from tunekit.core.registry import Plugins, default_registry
+
+COMPONENTS: tuple[Lazy, ...] = (
+    Lazy("source", "in-memory", "tunekit.plugins.sources.in_memory:InMemory"),
+    Lazy("source", "json-lines", "tunekit.plugins.sources.json_lines:JsonLines"),
+    Lazy("adapter", "lora", "tunekit.plugins.adapters.lora:LoRA"),
+    Lazy("trainer", "sft", "tunekit.plugins.trainers.sft:SFT"),
+    Lazy("trainer", "transformers", "tunekit.plugins.trainers.transformers:Transformers"),
+    Lazy("evaluator", "perplexity", "tunekit.plugins.evaluators.perplexity:Perplexity"),
+    Lazy("evaluator", "exact-match", "tunekit.plugins.evaluators.exact_match:ExactMatch"),
+    Lazy("evaluator", "token-accuracy", "tunekit.plugins.evaluators.token_accuracy:TokenAccuracy"),
+)
+"""Every built-in; the class behind `module:Class` is `tunekit.Class`."""
+
+
+@hookimpl
+def tunekit_components() -> tuple[Lazy, ...]:
+    """The built-in components."""
+    return COMPONENTS
+
+
+class _CallablePackage(ModuleType):
+    """`tunekit.plugins` is this package, and users write `tunekit.plugins()`: so the package can be called."""
+
+    def __call__(self) -> Plugins:
+        """Print a table of the installed plugins and return them."""
+        found = default_registry().plugins()
+        print(found)
+        return found
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,83 @@
+"""Shows a run as it goes: a bar in a terminal or a notebook, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import attrs
+
+from tunekit.core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from tunekit.core.run import RunLog
+
+LINES = 10
+"""Plain lines in a whole run."""
+
+
+@attrs.define
+class _Bar:
+    """A bar drawn by rich."""
+
+    progress: Progress
+    task: TaskID
+
+    def show(self, step: int, text: str) -> None:
+        self.progress.update(self.task, completed=step, metrics=text)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+@attrs.define
+class _Lines:
+    """About ten lines for the whole run, for logs and pipes."""
+
+    steps: int
+
+    def show(self, step: int, text: str) -> None:
+        if step % max(1, self.steps // LINES) == 0 or step == self.steps:
+            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+_shown: WeakKeyDictionary[RunLog, _Bar | _Lines] = WeakKeyDictionary()
+
+
+@hookimpl
+def tunekit_run_started(run: RunLog, steps: int) -> None:
+    """Open the bar."""
+    _shown[run] = _bar(steps) or _Lines(steps)
+
+
+@hookimpl
+def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
+    """Move the bar on."""
+    _shown[run].show(step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+@hookimpl
+def tunekit_run_finished(run: RunLog) -> None:
+    """Close the bar."""
+    _shown.pop(run).close()
+
+
+def _bar(steps: int) -> _Bar | None:
+    """A bar, where there is a terminal or a notebook to draw it in."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        return None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
+    progress = Progress(*columns, console=console)
+    progress.start()
+    return _Bar(progress, progress.add_task("training", total=steps, metrics=""))
