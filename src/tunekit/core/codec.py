@@ -214,10 +214,12 @@ class Codec:
         return self._encode(text, spell_out)
 
     def _encode(self, text: str, spell_out: bool = False) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=spell_out))
+        # verbose: how long a row may be is checked, and said, where all rows are known.
+        options = {"add_special_tokens": False, "split_special_tokens": spell_out, "verbose": False}
+        return list(self.tokenizer.encode(text, **options))
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer.encode(text))
+        ids = list(self.tokenizer.encode(text, verbose=False))
         end = self.tokenizer.eos_token_id
         return ids if ids and ids[-1] == end else [*ids, end]
 

@@ -121,26 +121,25 @@ def _encode(
             encoded = trainer.encode(row, codec)
         except DataError as error:
             raise DataError(f"row {number} of {split}: {error}") from None
+        if not supervised_tokens(encoded):
+            raise DataError(f"row {number} of {split}: no token of it carries loss, so nothing can be learned from it")
         length = len(encoded["input_ids"])
         if limit is not None and length > limit:
             too_long.append(length)
-            if trainer.on_long != "truncate":
-                continue
             encoded = {name: values[:limit] for name, values in encoded.items()}
+            if trainer.on_long == "drop":
+                changed[f"{split}: dropped, longer than {limit} tokens"] += 1
+                continue
             if not supervised_tokens(encoded):
                 changed[f"{split}: dropped, nothing to learn from in the first {limit} tokens"] += 1
                 continue
-        elif not supervised_tokens(encoded):
-            raise DataError(f"row {number} of {split}: no token of it carries loss, so nothing can be learned from it")
+            changed[f"{split}: cut to {limit} tokens"] += 1
         kept.append(encoded)
     if too_long and trainer.on_long == "error":
         raise DataError(
             f"{len(too_long)} rows of {split} are longer than {limit} tokens; the longest has {max(too_long)}. "
             f"Set max_length={max(too_long)} (within the model's context), or on_long='truncate' or 'drop'"
         )
-    if too_long:
-        done = "cut to" if trainer.on_long == "truncate" else "dropped, longer than"
-        changed[f"{split}: {done} {limit} tokens"] += len(too_long)
     if not kept:
         raise DataError(f"no row of {split} is left to use: {dict(changed)}")
     return kept
