@@ -59,8 +59,9 @@ def tunekit_run_started(run: RunLog, steps: int) -> None:
 
 @hookimpl
 def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
-    """Move the bar on."""
-    _shown[run].show(step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    """Move the bar on, if the start of this run was seen (a trainer's own test has none)."""
+    if run in _shown:
+        _shown[run].show(step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 @hookimpl

@@ -1,0 +1,192 @@
+"""SFT takes the step that the whole batch asks for, token for token, and a resumed run is the same run."""
+
+import math
+
+import pytest
+import torch
+
+from tunekit import SFT, ConfigError, Context, TrainingError
+from tunekit.core.checkpoint import newest
+from tunekit.core.codec import IGNORED, Codec
+from tunekit.core.observers import Observers
+from tunekit.core.registry import default_registry
+from tunekit.core.run import RunLog, create, history
+from tunekit.testing import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+CONTEXT = Context(model_id="tiny", device="cpu", seed=3)
+
+
+def encoded(count):
+    """Rows of very different lengths, so that a mean of means would differ from a mean over tokens."""
+    codec = Codec(TOKENIZER)
+    return [
+        codec.encode(
+            {
+                "messages": [
+                    {"role": "user", "content": f"row {n}"},
+                    {"role": "assistant", "content": "ab" * (1 + n * n)},
+                ]
+            }
+        )
+        for n in range(count)
+    ]
+
+
+def fit(trainer, directory, *, rows=7, model=None, resumed=None, after_step=None, extra_loss=None, validate=None):
+    model = model or tiny_model()
+    if resumed is None:
+        create(directory)
+    else:
+        resumed.load_parameters(model)
+    log = RunLog(directory=directory, observers=Observers(default_registry()), resumed=resumed)
+    torch.manual_seed(0)
+    result = trainer.fit(
+        model,
+        TOKENIZER,
+        encoded(rows),
+        after_step=after_step or (lambda model, step: None),
+        extra_loss=extra_loss or (lambda model: None),
+        validate=validate,
+        run=log,
+        context=CONTEXT,
+    )
+    return model, result, history(directory)
+
+
+def largest_difference(left, right):
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_the_step_is_that_of_the_mean_over_all_supervised_tokens(tmp_path):
+    trainer = SFT(max_steps=1, batch_size=7, learning_rate=0.1, optimizer="sgd", schedule="constant", warmup=0,
+                  max_grad_norm=math.inf)  # fmt: skip
+    trained, _, lines = fit(trainer, tmp_path / "run")
+
+    # The second way: one row at a time, without padding, one gradient of the summed loss over all tokens.
+    reference = tiny_model()
+    rows = encoded(7)
+    tokens = sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    total = torch.zeros(())
+    for row in rows:
+        log = reference(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        for at, label in enumerate(row["labels"][1:]):
+            if label != IGNORED:
+                total = total - log[at, label]
+    (total / tokens).backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert lines[0]["loss"] == pytest.approx(total.item() / tokens, rel=1e-6)
+    assert lines[0]["tokens"] == tokens
+    assert largest_difference(trained, reference) < 1e-6
+    assert largest_difference(trained, tiny_model()) > 1e-3
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
+def test_how_a_step_is_split_into_forward_passes_never_changes_it(tmp_path, micro_batch_size):
+    common = {"epochs": 2, "batch_size": 5, "learning_rate": 0.05, "optimizer": "sgd"}
+    whole, _, whole_lines = fit(SFT(**common), tmp_path / "whole")
+    split, _, lines = fit(SFT(**common, micro_batch_size=micro_batch_size), tmp_path / "split")
+    assert largest_difference(whole, split) < 1e-6
+    assert largest_difference(whole, tiny_model()) > 1e-3
+    for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in whole_lines], abs=1e-5)
+
+
+def test_every_row_is_used_once_an_epoch_the_last_smaller_step_included(tmp_path):
+    trainer = SFT(epochs=1, batch_size=3)
+    _, result, lines = fit(trainer, tmp_path / "run")
+    assert result.steps == trainer.planned_steps(7) == len(lines) == 3
+    assert sum(line["tokens"] for line in lines) == sum(1 + 2 * (1 + n * n) for n in range(7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [({"epochs": 3}, 9), ({"epochs": 0.5}, 2), ({"max_steps": 4}, 4), ({"epochs": 2, "batch_size": 1}, 14)],
+    ids=str,
+)
+def test_the_planned_steps_are_those_taken(tmp_path, fields, steps):
+    trainer = SFT(**{"batch_size": 3, **fields})
+    counted = []
+    _, result, _ = fit(trainer, tmp_path / "run", after_step=lambda model, step: counted.append(step))
+    assert result.steps == trainer.planned_steps(7) == steps
+    assert counted == list(range(1, steps + 1))
+
+
+def test_the_slot_after_a_step_comes_when_parameters_moved_and_gradients_are_still_there(tmp_path):
+    seen = []
+
+    def after_step(model, step):
+        moved = largest_difference(model, tiny_model()) > 0
+        seen.append(moved and all(parameter.grad is not None for parameter in model.parameters()))
+
+    fit(SFT(max_steps=2, warmup=0), tmp_path / "run", after_step=after_step)
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, "auto"])
+def test_an_extra_loss_counts_once_a_step_whatever_the_accumulation(tmp_path, micro_batch_size):
+    trainer = SFT(max_steps=1, batch_size=7, learning_rate=0.1, optimizer="sgd", schedule="constant", warmup=0,
+                  max_grad_norm=math.inf, micro_batch_size=micro_batch_size)  # fmt: skip
+    plain, _, _ = fit(trainer, tmp_path / "plain")
+    pulled, _, _ = fit(trainer, tmp_path / "pulled", extra_loss=lambda model: 0.5 * model.lm_head.weight.square().sum())
+    expected = plain.lm_head.weight - 0.1 * tiny_model().lm_head.weight
+    assert torch.allclose(pulled.lm_head.weight, expected, atol=1e-6)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_nothing(tmp_path):
+    _, _, lines = fit(SFT(max_steps=10, learning_rate=1.0, warmup=0.2, schedule="linear"), tmp_path / "run")
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, *[1 - n / 8 for n in range(1, 8)]])
+
+
+def test_a_long_gradient_is_scaled_down(tmp_path):
+    trainer = SFT(max_steps=1, learning_rate=1.0, optimizer="sgd", schedule="constant", warmup=0, max_grad_norm=0.01)
+    trained, _, _ = fit(trainer, tmp_path / "run")
+    pairs = zip(trained.parameters(), tiny_model().parameters(), strict=True)
+    assert math.sqrt(sum((a - b).square().sum().item() for a, b in pairs)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_evaluation_while_training_is_logged_at_its_steps(tmp_path):
+    _, _, lines = fit(SFT(max_steps=4, evaluate_every=2), tmp_path / "run", validate=lambda: {"nll": 1.5})
+    assert [line["step"] for line in lines if "validation/nll" in line] == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path):
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is"):
+        fit(SFT(max_steps=9, learning_rate=1e30, optimizer="sgd", warmup=0, max_grad_norm=math.inf), tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, optimizer):
+    trainer = SFT(
+        max_steps=7, batch_size=3, micro_batch_size=2, save_every=2, keep=9, learning_rate=0.01, optimizer=optimizer
+    )
+    dropout = {"attention_dropout": 0.2}
+    whole, _, lines = fit(trainer, tmp_path / "whole", model=tiny_model(**dropout))
+    for step in (2, 4, 6):
+        place = tmp_path / f"from-{step}"
+        create(place)
+        kept = tmp_path / "whole" / "checkpoints" / f"step-{step:06d}"
+        (place / "checkpoints" / kept.name).symlink_to(kept)
+        model, result, rest = fit(trainer, place, model=tiny_model(**dropout), resumed=newest(place / "checkpoints"))
+        assert result.steps == 7
+        assert rest == [line for line in lines if line["step"] > step]
+        assert largest_difference(model, whole) == 0
+
+
+def test_matrices_decay_and_vectors_do_not():
+    groups = SFT(weight_decay=0.1)._optimizer(tiny_model("gpt2")).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(parameter.dim() >= 2 for parameter in groups[0]["params"])
+    assert all(parameter.dim() < 2 for parameter in groups[1]["params"])
+    counted = sum(len(group["params"]) for group in groups)
+    assert counted == len(list(tiny_model("gpt2").parameters()))
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"SFT\.optimizer: 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes"):
+        SFT(optimizer="adamw-8bit").check(CONTEXT)
