@@ -1,0 +1,68 @@
+"""What all tests share: which ones are skipped here, the fake plugins, and a tiny model on disk."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Tiny models are fastest on one thread, and many threads make timings noise. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test may reach for the network: a Hub id that is not in the cache must fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A busy machine is no reason for a property to fail.
+settings.register_profile("tunekit", deadline=None)
+settings.load_profile("tunekit")
+
+SHARED = Path(os.environ.get("TUNEKIT_SHARED") or Path(__file__).parents[2] / "shared")
+DISTRIBUTIONS = Path(__file__).parent / "plugins" / "distributions"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine lacks the data or the device for."""
+    if not SHARED.is_dir():
+        place = os.environ.get("TUNEKIT_SHARED") or "../shared"
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason=f"no {place} here (TUNEKIT_SHARED names another folder)"))
+    if gpu := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with public data and a small public model; only for tests marked `real`."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory as `tunekit.Pipeline(model=...)` takes it: the tiny Llama and its tokenizer."""
+    from tunekit.testing import tiny_model, tiny_tokenizer
+
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs fake distributions for one test: `install("fake-working")`."""
+
+    def install(*names: str) -> None:
+        for name in names:
+            assert (DISTRIBUTIONS / name).is_dir(), f"no fake distribution {name}"
+            monkeypatch.syspath_prepend(str(DISTRIBUTIONS / name))
+
+    yield install
+    for module in [name for name in sys.modules if name.startswith("fake_")]:
+        del sys.modules[module]

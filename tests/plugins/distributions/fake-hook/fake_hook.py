@@ -1,0 +1,8 @@
+"""Misspells a hook."""
+
+import tunekit
+
+
+@tunekit.hookimpl
+def tunekit_component():
+    return []

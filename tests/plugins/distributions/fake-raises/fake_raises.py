@@ -1,0 +1,3 @@
+"""Breaks when it is imported."""
+
+raise RuntimeError("no licence found")

@@ -1,0 +1,36 @@
+"""Tests that need what is not here are skipped and say why; the tiny model on disk is one a pipeline takes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tunekit as tk
+
+TESTS = """
+import pytest
+
+@pytest.mark.real
+def test_real(shared): raise AssertionError
+
+def test_other(): pass
+"""
+
+
+def test_real_tests_are_skipped_with_the_reason_where_the_shared_folder_is_missing(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real\n")
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {**os.environ, "TUNEKIT_SHARED": "no-such-folder"}
+    shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "1 passed, 1 skipped" in shown
+    assert "no no-such-folder here" in shown
+
+
+def test_the_tiny_directory_is_a_model_to_train(tiny_directory: Path) -> None:
+    rows = [{"text": "to be"}, {"text": "or not to be"}]
+    plan = tk.Pipeline(model=str(tiny_directory), data=tk.InMemory(rows=rows), validation=0).plan()
+    assert plan.rows == 2
+    assert 0 < plan.trainable_parameters < plan.total_parameters
