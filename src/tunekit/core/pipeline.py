@@ -108,8 +108,8 @@ class Pipeline:
 
     def check(self) -> None:
         """Raise ConfigError for anything that cannot work, before any download or heavy import (no torch)."""
-        context = self._context()
         self._base.check()
+        context = self._context()
         if not isinstance(self.validation, DataSource) and not 0 <= self.validation < 1:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
         if self.dtype == "float16" and self.device == "cpu":

@@ -98,7 +98,7 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
 def differences(old: Any, new: Any, where: str = "recipe") -> list[str]:
     """How two recipes differ, as "path: old -> new"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = dict.fromkeys([*old, *new])
+        names = dict.fromkeys([*new, *old])
         return [line for name in names for line in differences(old.get(name), new.get(name), f"{where}.{name}")]
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 

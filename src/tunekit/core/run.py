@@ -96,7 +96,7 @@ def check_free(directory: Path) -> None:
     elif (directory / RECIPE).exists():
         state = "holds a run that stopped before its first checkpoint; delete it"
     else:
-        state = "is a file" if directory.is_file() else "is not empty"
+        raise RunExists(f"{directory} is {'a file' if directory.is_file() else 'not empty'}; choose another directory")
     raise RunExists(f"{directory} {state}, or choose another directory")
 
 

@@ -1,0 +1,440 @@
+"""A whole fine-tune: what is checked before, planned, written, and kept as it was."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tunekit as tk
+from tunekit.core.checkpoint import trained_parameters
+
+ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(12)]
+
+
+def make(tiny_directory, **changes):
+    parts = {
+        "model": str(tiny_directory),
+        "data": tk.InMemory(rows=ROWS),
+        "validation": 0.25,
+        "adapter": tk.LoRA(rank=4, dropout=0.1),
+        "trainer": tk.SFT(epochs=2, batch_size=4, learning_rate=0.01, save_every=2, keep=9),
+        "evaluators": (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=4)),
+    }
+    return tk.Pipeline(**{**parts, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_directory, tmp_path_factory):
+    """One run, for all tests that only look at what came of it."""
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    pipeline = make(tiny_directory)
+    return pipeline, pipeline.run(directory)
+
+
+# What it refuses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model": "/no/such/directory"}, "model: there is no directory '/no/such/directory'"),
+        ({"model": "./here"}, "model: there is no directory './here'"),
+        ({"model": __file__}, "is a file; name the model's directory"),
+        ({"model": str(Path(__file__).parent)}, "holds no config.json"),
+        ({"model": "tunekit:tny"}, "no embedded asset; did you mean 'tunekit:tiny'"),
+        ({"data": tk.JsonLines(path="/no/file.jsonl")}, r"JsonLines.path: the file /no/file.jsonl does not exist"),
+        ({"validation": 1.0}, r"Pipeline.validation: a share must be in \[0, 1\)"),
+        ({"dtype": "float16", "device": "cpu"}, "Pipeline.dtype: float16 does not train on the CPU"),
+        ({"evaluators": (tk.Perplexity(), tk.Perplexity())}, "two evaluators return 'nll'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_check_with_one_clear_error(tiny_directory, changes, problem):
+    with pytest.raises(tk.ConfigError, match=problem):
+        make(tiny_directory, **changes).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"adapter": [tk.LoRA()]}, r"Pipeline.adapter: expected AdapterMethod, got list"),
+        ({"adapter": tk.LoRA}, r"that is the class, write LoRA\(...\)"),
+        ({"trainer": tk.LoRA()}, r"Pipeline.trainer: expected Trainer, got LoRA"),
+        ({"data": ROWS}, r"Pipeline.data: expected DataSource, got list"),
+        ({"seed": "0"}, r"Pipeline.seed: expected int, got str '0'"),
+        ({"dtype": "fp32"}, "'float32' or 'bfloat16' or 'float16' or None"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_refused_when_the_pipeline_is_made(tiny_directory, changes, problem):
+    with pytest.raises(tk.ConfigError, match=problem):
+        make(tiny_directory, **changes)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (tk.InMemory(rows=[]), "there are no rows"),
+        (tk.InMemory(rows=[{"a": "b"}]), "no known schema has the columns 'a'"),
+        (tk.InMemory(rows=[*ROWS, {"prompt": "x"}]), r"row 13: missing \(completion\)"),
+        (tk.InMemory(rows=ROWS[:1]), "at least two different rows"),
+    ],
+)
+def test_bad_data_stops_a_run_before_weights_are_loaded_and_leaves_no_directory(
+    tiny_directory, tmp_path, data, problem, monkeypatch
+):
+    monkeypatch.setattr("tunekit.core.model.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(tk.DataError, match=problem):
+        make(tiny_directory, data=data).run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scheme_that_the_method_does_not_support_is_refused(tiny_directory):
+    @attrs.frozen(kw_only=True)
+    class Ternary(tk.Quantizer):
+        """Stores weights as signs."""
+
+        name = "ternary"
+        scheme = "ternary"
+
+        def load_kwargs(self, context):
+            return {}
+
+        def dequantize(self, module):
+            return module.weight
+
+    with pytest.raises(tk.ConfigError, match=r"lora cannot train on a ternary base; it supports int8, nf4"):
+        make(tiny_directory, quantizer=Ternary()).check()
+
+
+def test_a_missing_requirement_is_one_error_with_the_install_line(tiny_directory, monkeypatch):
+    monkeypatch.setattr(tk.Perplexity, "requires", ("nowhere_to_be_found",))
+    with pytest.raises(tk.ConfigError, match="perplexity needs nowhere_to_be_found: pip install nowhere_to_be_found"):
+        make(tiny_directory).check()
+
+
+def test_a_run_directory_is_never_overwritten(finished, tiny_directory, tmp_path):
+    pipeline, run = finished
+    before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
+    with pytest.raises(tk.RunExists, match="holds a finished run; read it with tunekit.open_run"):
+        pipeline.run(run.directory)
+    assert before == {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(tk.RunExists, match="is not empty; choose another directory"):
+        pipeline.run(tmp_path)
+
+
+def test_weights_that_are_missing_from_the_file_are_refused_not_made_up(tiny_directory, tmp_path):
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_directory.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tk.ConfigError, match=r"lacks 1 weights of its architecture: model.layers.1.mlp.up_proj.weight"):
+        make(tiny_directory, model=str(broken)).run(tmp_path / "run")
+
+
+# What it plans -------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_what_happens(finished):
+    pipeline, run = finished
+    plan = pipeline.plan()
+    assert plan.steps == run.result["training"]["steps"] == run.history[-1]["step"]
+    assert (plan.rows, plan.validation_rows) == (run.result["rows"]["train"], run.result["rows"]["validation"])
+    assert (plan.tokens, plan.supervised_tokens) == (run.result["tokens"]["train"], run.result["tokens"]["supervised"])
+    assert plan.trainable_parameters == run.result["parameters"]["trainable"]
+    assert plan.total_parameters == run.result["parameters"]["total"]
+    assert sum(line["tokens"] for line in run.history) == 2 * plan.supervised_tokens, "two epochs were logged"
+
+
+def test_the_plan_counts_lora_by_its_formula_without_loading_weights(tiny_directory, monkeypatch):
+    monkeypatch.setattr("tunekit.core.model.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    plan = make(tiny_directory).plan()
+    # Two layers: q and o 32->32, k and v 32->16, gate and up 32->64, down 64->32; rank 4 adds rank * (in + out).
+    assert plan.trainable_parameters == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    text = str(plan)
+    assert "optimizer steps" in text
+    assert f"{plan.trainable_parameters:,} of {plan.total_parameters:,}" in text
+
+
+# What it writes ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_in_the_run_directory(finished):
+    pipeline, run = finished
+    names = {path.name for path in run.directory.iterdir()}
+    assert {
+        "recipe.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "result.json",
+        "adapter",
+        "checkpoints",
+        "log.txt",
+    } <= names
+    assert tk.load(run.directory / "recipe.toml") == pipeline
+    assert {path.name for path in (run.directory / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tunekit.json",
+    }
+    log = (run.directory / "log.txt").read_text()
+    assert "started" in log
+    assert "finished" in log
+
+
+def test_the_environment_says_what_made_the_run_and_holds_no_secret(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret0123456789")
+    make(tiny_directory, trainer=tk.SFT(max_steps=1)).run(tmp_path / "run")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["python"] == sys.version.split()[0]
+    assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 0)
+    assert {"name": "builtin", "distribution": "tunekit", "status": "loaded"}.items() <= environment["plugins"][
+        0
+    ].items()
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+
+
+def test_an_adapter_says_what_it_needs_to_be_used(finished):
+    pipeline, run = finished
+    stated = json.loads((run.directory / "adapter" / "tunekit.json").read_text())
+    assert stated["component"] == "adapter/lora"
+    assert stated["distribution"] == "tunekit"
+    assert stated["model"] == pipeline.model
+    assert "<|im_start|>" in stated["template"]
+
+
+# What it promises ----------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_measured_before_training_by_the_same_code(finished, tiny_directory):
+    _, run = finished
+    untrained = make(tiny_directory, trainer=tk.SFT(max_steps=1, learning_rate=1e-30)).run(
+        run.directory.parent / "same"
+    )
+    assert untrained.base_metrics == run.base_metrics
+    assert untrained.metrics == untrained.base_metrics
+    assert run.metrics["perplexity"] < run.base_metrics["perplexity"]
+    assert set(run.metrics) == {"perplexity", "nll", "token_accuracy", "exact_match"}
+
+
+def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit_for_bit(tiny_directory, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    seen = {}
+
+    @attrs.frozen(kw_only=True)
+    class Watched(tk.LoRA):
+        """LoRA that keeps what passes through its hands."""
+
+        name = "watched"
+
+        def attach(self, model, context):
+            with torch.no_grad():
+                seen["base"] = model(torch.arange(5, 25)[None]).logits
+            wrapped = super().attach(model, context).eval()
+            with torch.no_grad():
+                seen["start"] = wrapped(torch.arange(5, 25)[None]).logits
+            seen["model"] = wrapped
+            return wrapped
+
+    make(tiny_directory, adapter=Watched(rank=4)).run(tmp_path / "run")
+    assert torch.equal(seen["start"], seen["base"])
+    before = AutoModelForCausalLM.from_pretrained(tiny_directory).state_dict()
+    trained = trained_parameters(seen["model"])
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+        for name, value in seen["model"].state_dict().items()
+        if name not in trained
+    }
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all("lora_" in name for name in trained)
+
+
+def test_the_adapter_file_is_pefts_own(finished, tiny_directory):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, run = finished
+    base = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    theirs = PeftModel.from_pretrained(base, run.directory / "adapter").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        difference = (theirs(ids).logits - run._model(tuned=True).model(ids).logits).abs().max()
+    assert difference < 1e-6
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_directory, finished, tmp_path):
+    pipeline, run = finished
+    again = pipeline.run(tmp_path / "again")
+    assert again.history == run.history
+    adapter = "adapter/adapter_model.safetensors"
+    assert (again.directory / adapter).read_bytes() == (run.directory / adapter).read_bytes()
+    other = make(tiny_directory, seed=1).run(tmp_path / "other")
+    assert (other.directory / adapter).read_bytes() != (run.directory / adapter).read_bytes()
+
+
+def test_observers_of_one_run_are_told_of_it(tiny_directory, tmp_path):
+    events = []
+
+    class Observer:
+        @tk.hookimpl
+        def tunekit_run_started(self, steps):
+            events.append(("started", steps))
+
+        @tk.hookimpl
+        def tunekit_log(self, step):
+            events.append(("log", step))
+
+        @tk.hookimpl
+        def tunekit_saved(self, step, directory):
+            events.append(("saved", step, directory.name))
+
+        @tk.hookimpl
+        def tunekit_run_finished(self, error):
+            events.append(("finished", error))
+
+    pipeline = make(tiny_directory, trainer=tk.SFT(max_steps=3, save_every=2))
+    pipeline.run(tmp_path / "run", observers=[Observer()])
+    assert events == [
+        ("started", 3),
+        ("log", 1),
+        ("log", 2),
+        ("saved", 2, "step-000002"),
+        ("log", 3),
+        ("finished", None),
+    ]
+
+
+# Going on and coming back --------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+class StopsAt:
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, model, step):
+        if step == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_an_interrupted_run_goes_on_to_the_same_end_bit_for_bit(tiny_directory, finished, tmp_path, step, monkeypatch):
+    pipeline, run = finished
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(tk.LoRA, "after_step", lambda self, model, at: StopsAt(step)(model, at))
+        with pytest.raises(Stop):
+            pipeline.run(directory)
+    with pytest.raises(tk.RunExists, match="unfinished run; go on with run"):
+        pipeline.run(directory)
+    with pytest.raises(tk.ConfigError, match="is not finished"):
+        tk.open_run(directory)
+    resumed = pipeline.run(directory, resume=True)
+    assert resumed.history == run.history
+    assert resumed.metrics == run.metrics
+    assert resumed.base_metrics == run.base_metrics
+    adapter = "adapter/adapter_model.safetensors"
+    assert (directory / adapter).read_bytes() == (run.directory / adapter).read_bytes()
+
+
+def test_a_changed_pipeline_cannot_go_on_with_the_run(tiny_directory, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tk.LoRA, "after_step", lambda self, model, at: StopsAt(3)(model, at))
+        with pytest.raises(Stop):
+            make(tiny_directory).run(tmp_path / "run")
+    changed = make(tiny_directory, adapter=tk.LoRA(rank=8, dropout=0.1), seed=4)
+    with pytest.raises(tk.ConfigError, match=r"recipe.adapter.rank: 4 -> 8; recipe.seed: 0 -> 4"):
+        changed.run(tmp_path / "run", resume=True)
+
+
+def test_there_must_be_something_to_resume(tiny_directory, finished, tmp_path):
+    with pytest.raises(tk.ConfigError, match="there is no run to resume"):
+        make(tiny_directory).run(tmp_path / "nothing", resume=True)
+    pipeline, run = finished
+    with pytest.raises(tk.ConfigError, match="is finished; read it with"):
+        pipeline.run(run.directory, resume=True)
+
+
+def test_a_finished_run_is_opened_in_another_process_and_answers_the_same(finished):
+    _, run = finished
+    here = [run.generate("repeat 3", max_new_tokens=6), run.generate("repeat 3", max_new_tokens=6, tuned=False)]
+    script = (
+        "import json, sys, tunekit as tk; run = tk.open_run(sys.argv[1]); "
+        "print(json.dumps([dict(run.metrics), len(run.history), "
+        "[run.generate('repeat 3', max_new_tokens=6, tuned=tuned) for tuned in (True, False)]]))"
+    )
+    out = subprocess.run([sys.executable, "-c", script, str(run.directory)], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == [dict(run.metrics), len(run.history), here]
+
+
+def test_a_conversation_is_answered_as_its_last_question(finished):
+    _, run = finished
+    assert run.generate([{"role": "user", "content": "repeat 3"}], max_new_tokens=6) == run.generate(
+        "repeat 3", max_new_tokens=6
+    )
+
+
+def test_the_export_is_a_plain_model_that_answers_the_same(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run = finished
+    directory = run.export(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "repeat 3"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    live = run._model(tuned=True)
+    assert ids[0].tolist() == live.codec.prompt("repeat 3")
+    with torch.no_grad():
+        assert (model(ids).logits - live.model(ids).logits).abs().max() < 1e-5
+    assert not any("lora" in name for name in model.state_dict())
+    assert set(live.codec.stop_ids) <= set(model.generation_config.eos_token_id)
+    with pytest.raises(tk.RunExists, match="is not empty"):
+        run.export(directory)
+
+
+def test_a_run_shows_base_and_tuned_side_by_side(finished):
+    _, run = finished
+    lines = str(run).splitlines()
+    assert lines[0].split() == ["metric", "base", "tuned"]
+    shown = [f"{metrics['perplexity']:.4g}" for metrics in (run.base_metrics, run.metrics)]
+    assert ["perplexity", *shown] in [line.split() for line in lines]
+
+
+def test_it_learns_one_answer_by_heart_and_stops_by_itself(tiny_directory, tmp_path):
+    pipeline = make(
+        tiny_directory,
+        data=tk.InMemory(rows=[{"prompt": "who?", "completion": "me."}]),
+        validation=0.0,
+        adapter=tk.LoRA(rank=8),
+        trainer=tk.SFT(max_steps=60, batch_size=1, learning_rate=0.02),
+    )
+    run = pipeline.run(tmp_path / "run")
+    assert run.generate("who?", max_new_tokens=50) == "me."
+    assert run.metrics == {}
+
+
+def test_transformers_trains_the_same_pipeline(tiny_directory, tmp_path):
+    trainer = tk.Transformers(arguments={"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4})
+    run = make(tiny_directory, trainer=trainer).run(tmp_path / "run")
+    assert run.result["training"]["steps"] == 6
+    assert run.metrics["nll"] < run.base_metrics["nll"]
+    assert tk.open_run(run.directory).generate("repeat 3", max_new_tokens=4) == run.generate(
+        "repeat 3", max_new_tokens=4
+    )
