@@ -8,7 +8,7 @@ import pluggy
 from tunekit.core import hookspecs
 from tunekit.core.hookspecs import PROJECT
 from tunekit.core.registry import Registry, check_hooks
-from tunekit.errors import PluginWarning
+from tunekit.errors import PluginError, PluginWarning
 
 
 class Observers:
@@ -25,7 +25,10 @@ class Observers:
         for name, module in registry.modules().items():
             self._manager.register(module, name)
         for observer in extra:
-            self._manager.register(observer)
+            try:
+                self._manager.register(observer)
+            except pluggy.PluginValidationError as error:
+                raise PluginError(f"an observer asks for what its hook does not offer: {error}") from None
             check_hooks(self._manager, observer)
 
     def emit(self, hook: str, **arguments: object) -> None:

@@ -311,6 +311,8 @@ def _check_component(component: Any, kind: str | None, name: str | None) -> None
     if not is_component:
         raise PluginError(f"{component!r} is no component: it must be a subclass of one of the five interfaces")
     where = f"{component.__module__}.{component.__qualname__}"
+    if not issubclass(component, INTERFACES.get(component.kind, ())):
+        raise PluginError(f"{where} says that its kind is {component.kind!r}, but its interface is another")
     if component.kind != kind or getattr(component, "name", None) != name or not name:
         raise PluginError(
             f"{where} is {component.kind}/{getattr(component, 'name', '(no name)')}, but is offered as {kind}/{name}"
