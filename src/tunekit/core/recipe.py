@@ -18,7 +18,7 @@ import attrs
 from tunekit.core.component import Component
 from tunekit.core.fields import check_type, describe, did_you_mean, types_of
 from tunekit.core.registry import Registry
-from tunekit.errors import ConfigError, UnknownComponent
+from tunekit.errors import AmbiguousComponent, ConfigError, PluginError, UnknownComponent
 
 FORMAT = 1
 """Version of the recipe format, written as `tunekit = 1`."""
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 def without_format(table: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
     """`table` without its `tunekit = 1`; raises ConfigError for a recipe of another format."""
     found = table.get("tunekit", FORMAT)
-    if found != FORMAT:
+    if found != FORMAT or isinstance(found, bool):
         raise ConfigError(f"written for recipe format {found!r}, this tunekit reads {FORMAT}", where)
     return {key: value for key, value in table.items() if key != "tunekit"}
 
@@ -111,8 +111,8 @@ def _component(value: Any, interface: type[Component], registry: Registry, where
         raise ConfigError(f"missing: name the {kind} ({', '.join(registry.names(kind))})", f"{where}.use")
     try:
         cls = registry.find(kind, value["use"])
-    except UnknownComponent as error:
-        raise UnknownComponent(f"{where}.use: {error}") from None
+    except (UnknownComponent, AmbiguousComponent, PluginError) as error:
+        raise type(error)(f"{where}.use: {error}") from None
     fields = {key: item for key, item in value.items() if key != "use"}
     made = _object(fields, cls, registry, where)
     assert isinstance(made, Component)
@@ -137,6 +137,8 @@ def _object(value: Any, cls: type, registry: Registry, where: str) -> Any:
     except ConfigError as error:
         # Validators name the class's field (`LoRA.rank`); a reader of the recipe looks for its place there.
         raise ConfigError(error.message, error.where.replace(cls.__name__, where, 1) or where) from None
+    except (TypeError, ValueError) as error:  # attrs' own validators and converters know no path
+        raise ConfigError(str(error.args[0] if error.args else error), where) from error
 
 
 def _union(value: Any, options: tuple[Any, ...], annotation: Any, registry: Registry, where: str) -> Any:
