@@ -48,7 +48,8 @@ class PeftMethod(AdapterMethod):
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained` reads them."""
         for config in model.peft_config.values():
             config.inference_mode = True
-        model.save_pretrained(directory)
+        # PEFT's "auto" asks the Hub on every save whether the vocabulary was resized; tunekit never resizes it.
+        model.save_pretrained(directory, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
     def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
@@ -72,7 +73,11 @@ class PeftMethod(AdapterMethod):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PEFT's call of a name that transformers renamed: nothing a user could do about it."""
+    """Without PEFT's call of a name that transformers renamed, and its note that GPT-2's weights stand transposed.
+
+    It handles both by itself: nothing a user could do about them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
         yield
