@@ -1,0 +1,206 @@
+"""Checks of adapter methods in training: what is trained, what is left alone, and that it learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunekit.core.evaluation import evaluating
+from tunekit.core.interfaces import AdapterMethod
+from tunekit.testing.checks.component import unchanged
+from tunekit.testing.harness import (
+    STEPS,
+    Harness,
+    attached,
+    changed,
+    copies,
+    cross_entropy,
+    distance,
+    frozen,
+    logits,
+    new_optimizer,
+    train,
+    trainable,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def starts_as_the_base(adapter: AdapterMethod, harness: Harness) -> None:
+    """Before the first step the model predicts what its base does."""
+    batch = harness.batch()
+    before = logits(harness.model(), batch)
+    after = logits(attached(adapter, harness), batch)
+    assert after.shape == before.shape, (
+        f"the logits have shape {tuple(after.shape)} and the base's {tuple(before.shape)}: return one row of logits "
+        "for each input token (cut off those of tokens that the method puts before)"
+    )
+    assert distance(after, before) <= 1e-5, (
+        f"untrained, it moves the logits by {distance(after, before):.2g}: start from zero (LoRA's B is zero), or list "
+        "starts_as_the_base in expected_failures if the method changes the base on purpose"
+    )
+
+
+def base_is_frozen(adapter: AdapterMethod, harness: Harness) -> None:
+    """After 3 steps every parameter that is not trained is bit for bit what it was, from before `attach` on."""
+    base = harness.model()
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in base.named_parameters()}
+    model = adapter.attach(base, harness.context())
+    assert trainable(model), "nothing is trainable: set requires_grad on what is to be trained in `attach`"
+    added = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter, _ in before.values()}
+    assert not added or any(not parameter.requires_grad for parameter, _ in before.values()), (
+        "it adds parameters and leaves all of the base trainable: call model.requires_grad_(False) first in `attach`"
+    )
+    at_start = copies(frozen(model))
+    train(adapter, model, harness.batch(), 3)
+    moved = changed(at_start, frozen(model))
+    moved += [
+        name for name, (now, then) in before.items() if not now.requires_grad and changed({name: then}, {name: now})
+    ]
+    assert not moved, f"these are not trainable and changed all the same: {moved[:3]}; never write into base weights"
+
+
+def attaches_to_an_empty_model(adapter: AdapterMethod, harness: Harness) -> None:
+    """It attaches to a model on the meta device, where `Pipeline.plan` counts the parameters without loading them."""
+    import torch
+
+    real = trainable(attached(adapter, harness))
+    with torch.device("meta"):
+        empty = harness.model()
+    planned = trainable(adapter.attach(empty, harness.context()))
+    counts = [{name: parameter.numel() for name, parameter in found.items()} for found in (real, planned)]
+    assert counts[0] == counts[1], (
+        "attached to a model on the meta device it trains other parameters than on a real one: decide by names and "
+        "shapes, not by the values of weights"
+    )
+
+
+def gradients_arrive(adapter: AdapterMethod, harness: Harness) -> None:
+    """Within 4 steps every trainable tensor has had a gradient that is not zero."""
+    model = attached(adapter, harness)
+    waiting = set(trainable(model))
+
+    def look() -> None:
+        for name, parameter in trainable(model).items():
+            if parameter.grad is not None and parameter.grad.any():
+                waiting.discard(name)
+
+    train(adapter, model, harness.batch(), 4, after_backward=look)
+    assert not waiting, (
+        f"no gradient arrives at {sorted(waiting)[:3]}: use them in the forward pass without detach(), .data or "
+        "no_grad(), do not start both factors of a product at zero, or freeze them"
+    )
+
+
+def extra_loss_is_a_scalar(adapter: AdapterMethod, harness: Harness) -> None:
+    """The extra loss is None, or a scalar with a gradient."""
+    extra = adapter.extra_loss(attached(adapter, harness))
+    assert extra is None or (extra.dim() == 0 and extra.requires_grad), (
+        f"extra_loss returned {extra!r}: return None, or a tensor of no dimensions that depends on trained parameters"
+    )
+
+
+def evaluation_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> None:
+    """The gradients are the same with and without an evaluation in between."""
+    import torch
+
+    model, batch = attached(adapter, harness), harness.batch()
+    train(adapter, model, batch, 2)
+    found: list[dict[str, Tensor]] = []
+    for evaluated in (False, True):
+        if evaluated:
+            logits(model, batch)
+        torch.manual_seed(1)
+        cross_entropy(model.train(), batch).backward()
+        grads = {name: parameter.grad for name, parameter in trainable(model).items() if parameter.grad is not None}
+        found.append(copies(grads))
+        model.zero_grad()
+    differing = [name for name in found[0] if name not in found[1] or distance(found[0][name], found[1][name]) > 1e-6]
+    assert not differing, (
+        f"an evaluation changes the gradients of {differing[:3]} afterwards: keep no state between forward passes"
+    )
+
+
+def learns(adapter: AdapterMethod, harness: Harness) -> None:
+    """The loss on a batch falls when it is trained on this batch."""
+    model, batch = attached(adapter, harness), harness.batch()
+    before = _loss(model, batch)
+    train(adapter, model, batch, STEPS)
+    after = _loss(model, batch)
+    assert after < before * 0.999, (
+        f"{STEPS} steps on one batch take its loss from {before:.4f} to {after:.4f}: the parameters it trains have too "
+        "little effect on the output, or the wrong sign"
+    )
+
+
+def is_deterministic(adapter: AdapterMethod, harness: Harness) -> None:
+    """The same seed gives the same losses."""
+    batch = harness.batch()
+    runs = []
+    for _ in range(2):
+        model = attached(adapter, harness)
+        runs.append(train(adapter, model, batch, 4))
+    assert runs[0] == runs[1], (
+        f"the same seed gave the losses {runs[0]} and {runs[1]}: draw from torch's global generator, not from a new "
+        "one or from the clock, and iterate over lists, not sets"
+    )
+
+
+def takes_every_step(adapter: AdapterMethod, harness: Harness) -> None:
+    """`after_step` takes every step from 1 to the planned one, and leaves the frozen weights alone."""
+    model, batch = attached(adapter, harness), harness.batch()
+    for step in range(1, STEPS + 1):
+        cross_entropy(model.train(), batch).backward()
+        before = copies(frozen(model))
+        try:
+            adapter.after_step(model, step)
+        except Exception as error:
+            raise AssertionError(
+                f"after_step({step}) of {STEPS} raised {type(error).__name__}: {error}; take steps from 1 to "
+                "context.total_steps, while gradients are present"
+            ) from error
+        moved = changed(before, frozen(model))
+        assert not moved, f"after_step({step}) changed the frozen {moved[:3]}: change only what is trained"
+        model.zero_grad()
+
+
+def is_stateless(adapter: AdapterMethod, harness: Harness) -> None:
+    """Used for several models, it stays as it was, and each of them learns as if it were alone."""
+    import torch
+
+    batch = harness.batch()
+
+    def losses(*models: nn.Module) -> list[list[float]]:
+        optimizers = [new_optimizer(model) for model in models]
+        found: list[list[float]] = [[] for _ in models]
+        for step in (1, 2, 3):
+            for at, model in enumerate(models):
+                torch.manual_seed(step)
+                found[at] += train(adapter, model, batch, 1, first=step, optimizer=optimizers[at])
+        return found
+
+    with unchanged(adapter):
+        (alone,) = losses(attached(adapter, harness))
+        together = losses(attached(adapter, harness), attached(adapter, harness))
+    assert together == [alone, alone], (
+        f"two models trained in turn have the losses {together}, one alone {alone}: keep what belongs to a model in it"
+    )
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    with evaluating(model):
+        return float(cross_entropy(model, batch))
+
+
+CHECKS = (
+    starts_as_the_base,
+    base_is_frozen,
+    attaches_to_an_empty_model,
+    gradients_arrive,
+    extra_loss_is_a_scalar,
+    evaluation_keeps_gradients,
+    learns,
+    is_deterministic,
+    takes_every_step,
+    is_stateless,
+)

@@ -1,0 +1,126 @@
+"""Checks of quantizers: fewer bytes, nearly the same predictions, and weights that can be had back."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from unittest import SkipTest
+
+from tunekit.core.component import Context
+from tunekit.core.interfaces import Quantizer
+from tunekit.errors import ConfigError
+from tunekit.testing.checks.component import unchanged
+from tunekit.testing.harness import Harness, logits, scratch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+TOLERANCE = 0.3
+"""Largest relative error of weights and logits: 4-bit NF4 has about 0.1, and noise has more than 1."""
+
+
+def names_its_scheme(quantizer: Quantizer, harness: Harness) -> None:
+    """The scheme is a word that adapter methods can list in `supports`."""
+    scheme = getattr(quantizer, "scheme", None)
+    assert isinstance(scheme, str), f"scheme is {scheme!r}: name how weights are stored, as in 'nf4'"
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", scheme), f"scheme is {scheme!r}: write it in lower case, as in 'nf4'"
+
+
+def returns_fresh_load_kwargs(quantizer: Quantizer, harness: Harness) -> None:
+    """`load_kwargs` is a dict by argument name, a new one on each call."""
+    context = _context(quantizer, harness)
+    first, second = quantizer.load_kwargs(context), quantizer.load_kwargs(context)
+    assert isinstance(first, dict), f"load_kwargs returned {first!r}: return a dict of arguments of from_pretrained"
+    assert first is not second, "load_kwargs returned the same dict twice: make a new one, since callers add to it"
+    own = first.keys() & {"dtype", "torch_dtype", "device_map", "revision", "trust_remote_code", "use_safetensors"}
+    assert not own, f"load_kwargs sets {sorted(own)}: these are the pipeline's to choose"
+
+
+def stores_fewer_bytes(quantizer: Quantizer, harness: Harness) -> None:
+    """A model can be loaded with it, and takes less memory."""
+    plain, quantized = _bytes(harness.model()), _bytes(_loaded(quantizer, harness))
+    assert quantized < plain, f"quantized, the model has {quantized:,} bytes, and {plain:,} without: nothing is gained"
+
+
+def predicts_nearly_the_same(quantizer: Quantizer, harness: Harness) -> None:
+    """The logits are near those of the base."""
+    batch = harness.batch()
+    exact = logits(harness.model(), batch)
+    found = logits(_loaded(quantizer, harness), batch).float()
+    error = float((found - exact).norm() / exact.norm())
+    assert error <= TOLERANCE, (
+        f"the logits are {error:.0%} away from the base's: check the scales, or leave out the output head"
+    )
+
+
+def gives_weights_back(quantizer: Quantizer, harness: Harness) -> None:
+    """`dequantize` of each quantized linear layer is its weight, (out_features, in_features), in float32."""
+    import torch
+
+    before = dict(harness.model().named_modules())
+    quantized = {
+        name: module
+        for name, module in _loaded(quantizer, harness).named_modules()
+        if isinstance(before.get(name), torch.nn.Linear) and _differs(module, before[name])
+    }
+    assert quantized, "no linear layer is quantized: have load_kwargs or prepare do it"
+    for name, module in quantized.items():
+        weight, exact = quantizer.dequantize(module), before[name].weight.detach()
+        assert weight.dtype == torch.float32, f"dequantize gave {weight.dtype} for {name}: give torch.float32"
+        assert weight.shape == exact.shape, (
+            f"dequantize gave {tuple(weight.shape)} for {name}: give (out_features, in_features), {tuple(exact.shape)}"
+        )
+        error = float((weight.cpu() - exact).norm() / exact.norm())
+        assert error <= TOLERANCE, f"dequantize of {name} is {error:.0%} away from the weight that was quantized"
+
+
+def is_stateless(quantizer: Quantizer, harness: Harness) -> None:
+    """Loading a model with it leaves it as it was."""
+    with unchanged(quantizer):
+        _loaded(quantizer, harness)
+
+
+def _context(quantizer: Quantizer, harness: Harness) -> Context:
+    context = harness.context(quantization=quantizer.scheme)
+    try:
+        quantizer.check(context)
+    except ConfigError as error:
+        raise SkipTest(f"it does not work on the CPU: {error}") from None
+    return context
+
+
+def _loaded(quantizer: Quantizer, harness: Harness) -> PreTrainedModel:
+    """The tiny model, loaded from disk as the pipeline does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    context = _context(quantizer, harness)
+    with scratch() as directory:
+        harness.model().save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, device_map="cpu", **quantizer.load_kwargs(context)
+        )
+    prepared = quantizer.prepare(model, context)
+    assert isinstance(prepared, type(model)), f"prepare returned {type(prepared).__name__}: return the model"
+    return prepared.eval()
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _differs(module: nn.Module, plain: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module) is not type(plain) or weight is None or weight.dtype != plain.weight.dtype
+
+
+CHECKS = (
+    names_its_scheme,
+    returns_fresh_load_kwargs,
+    stores_fewer_bytes,
+    predicts_nearly_the_same,
+    gives_weights_back,
+    is_stateless,
+)

@@ -1,0 +1,237 @@
+"""Checks of trainers: every row, every step and every slot of the adapter method, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from unittest import SkipTest
+
+import attrs
+
+from tunekit.core import run as files
+from tunekit.core.interfaces import Trainer, TrainResult
+from tunekit.errors import NotSupported
+from tunekit.testing.checks.component import unchanged
+from tunekit.testing.harness import Harness, changed, copies, distance, frozen, run_log, trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@attrs.define(kw_only=True)
+class Fitted:
+    """What a check can see of one `fit`.
+
+    Args:
+        model: the trained model; the last of its two layers is trained.
+        planned: what `planned_steps` said.
+        steps: the step numbers that `after_step` was called with.
+        before: the parameters at the start.
+        slots: the trainable parameters in each `after_step`.
+        grads: their gradients there.
+        seen: the token ids of every forward pass, one list a row.
+        logged: what was logged.
+        result: what `fit` returned.
+    """
+
+    model: nn.Module
+    planned: int
+    before: dict[str, Tensor]
+    steps: list[int] = attrs.field(factory=list)
+    slots: list[dict[str, Tensor]] = attrs.field(factory=list)
+    grads: list[dict[str, Tensor]] = attrs.field(factory=list)
+    seen: list[list[int]] = attrs.field(factory=list)
+    logged: list[dict[str, float]] = attrs.field(factory=list)
+    result: TrainResult | None = None
+
+
+def takes_the_planned_steps(trainer: Trainer, harness: Harness) -> None:
+    """`after_step` is called with 1, 2, ... up to `planned_steps`, and the result says so too."""
+    fitted = _fit(trainer, harness)
+    expected = list(range(1, fitted.planned + 1))
+    assert fitted.steps == expected, (
+        f"after_step was called with {_short(fitted.steps)}, and planned_steps({len(harness.rows)}) is "
+        f"{fitted.planned}: call it once per optimizer step, counted from 1, and plan the steps as `fit` takes them"
+    )
+    assert isinstance(fitted.result, TrainResult), f"fit returned {fitted.result!r}: return a tunekit.TrainResult"
+    assert fitted.result.steps == fitted.planned, (
+        f"the result says {fitted.result.steps} steps, and {fitted.planned} were planned and taken"
+    )
+
+
+def keeps_the_slot(trainer: Trainer, harness: Harness) -> None:
+    """`after_step` comes after `optimizer.step()`, while the gradients are still there."""
+    fitted = _fit(trainer, harness)
+    for step, grads in zip(fitted.steps, fitted.grads, strict=True):
+        assert any(grad.any() for grad in grads.values()), (
+            f"in after_step({step}) there are no gradients: call it before optimizer.zero_grad()"
+        )
+    late = changed(fitted.slots[-1], trainable(fitted.model))
+    assert not late, f"{late[:3]} still changed after the last after_step: call it after optimizer.step()"
+
+
+def trains_only_what_is_trainable(trainer: Trainer, harness: Harness) -> None:
+    """Parameters without requires_grad stay bit for bit; others change."""
+    fitted = _fit(trainer, harness)
+    after = dict(fitted.model.named_parameters())
+    moved = changed({name: fitted.before[name] for name in frozen(fitted.model)}, after)
+    assert not moved, f"{moved[:3]} have requires_grad=False and changed: give the optimizer only what is trainable"
+    assert changed({name: fitted.before[name] for name in trainable(fitted.model)}, after), "nothing was trained"
+
+
+def leaves_requires_grad_and_device(trainer: Trainer, harness: Harness) -> None:
+    """What is trainable is so afterwards, and the model is where it was."""
+    fitted = _fit(trainer, harness)
+    assert set(trainable(fitted.model)) == _trained_names(fitted.model), "fit changed requires_grad of parameters"
+    devices = {parameter.device.type for parameter in fitted.model.parameters()}
+    assert devices == {"cpu"}, f"the model was on the CPU, and afterwards is on {sorted(devices)}: use context.device"
+
+
+def logs_finite_numbers(trainer: Trainer, harness: Harness) -> None:
+    """At least one line is logged; its numbers are finite and its step is one that was taken."""
+    fitted = _fit(trainer, harness)
+    assert fitted.logged, "nothing was logged: call run.log(step, {'loss': ...})"
+    for line in fitted.logged:
+        assert 1 <= line["step"] <= fitted.planned, f"it logged step {line['step']} of {fitted.planned}"
+        assert len(line) > 1, f"it logged a line without metrics: {line}"
+        assert all(math.isfinite(value) for value in line.values()), f"it logged {line}: numbers must be finite"
+
+
+def is_deterministic(trainer: Trainer, harness: Harness) -> None:
+    """The same seed ends with the same parameters."""
+    first, second = _fit(trainer, harness), _fit(trainer, harness)
+    differing = changed(copies(trainable(first.model)), trainable(second.model))
+    assert not differing, (
+        f"the same seed ended with different {differing[:3]}: order the rows by context.seed, and draw from torch's "
+        "global generator"
+    )
+
+
+def uses_every_row(trainer: Trainer, harness: Harness) -> None:
+    """Every row is learned from, those of the last, smaller batch too."""
+    fitted = _fit(trainer, harness)
+    seen = [" " + " ".join(map(str, ids)) + " " for ids in fitted.seen]
+    unused = [
+        number
+        for number, row in enumerate(harness.encoded(trainer), start=1)
+        if not any(" " + " ".join(map(str, row["input_ids"])) + " " in ids for ids in seen)
+    ]
+    assert not unused, (
+        f"rows {unused} of {len(harness.rows)} were never in a batch: keep the last batch of an epoch though it is "
+        "smaller (and check a trainer that takes at least one whole epoch)"
+    )
+
+
+def adds_the_extra_loss_once_a_step(trainer: Trainer, harness: Harness) -> None:
+    """`extra_loss` is called once an optimizer step and its gradient taken; or it is NotSupported."""
+    import torch
+
+    calls: list[int] = []
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def extra_loss(model: nn.Module) -> Tensor:
+        calls.append(1)
+        return weight.sum()
+
+    try:
+        fitted = _fit(trainer, harness, extra_loss=extra_loss, probe=weight)
+    except NotSupported:
+        return
+    assert len(calls) == fitted.planned, (
+        f"extra_loss was called {len(calls)} times in {fitted.planned} steps: call it once per optimizer step, not per "
+        "forward pass"
+    )
+    assert all("probe" in grads and grads["probe"].any() for grads in fitted.grads), (
+        "the extra loss had no gradient: add it to the loss, or call backward() on it"
+    )
+
+
+def splits_rows_freely(trainer: Trainer, harness: Harness) -> None:
+    """How many rows are in one forward pass does not change the gradient of a step."""
+    if "micro_batch_size" not in {field.name for field in attrs.fields(type(trainer))}:
+        raise SkipTest("it has no field micro_batch_size")
+    first, second = (
+        _fit(attrs.evolve(trainer, micro_batch_size=size), harness).grads[0]  # type: ignore[call-arg]
+        for size in (1, len(harness.rows))
+    )
+    away = max(distance(first[name], second[name]) for name in first)
+    assert away <= 1e-5, (
+        f"the gradients of step 1 differ by {away:.2g} between micro_batch_size 1 and {len(harness.rows)}: divide the "
+        "summed loss of every forward pass by the supervised tokens of the whole step, not each by its own"
+    )
+
+
+def is_stateless(trainer: Trainer, harness: Harness) -> None:
+    """Training leaves it as it was."""
+    with unchanged(trainer):
+        _fit(trainer, harness)
+
+
+def _fit(
+    trainer: Trainer,
+    harness: Harness,
+    *,
+    extra_loss: Callable[[nn.Module], Tensor | None] = lambda model: None,
+    probe: nn.Parameter | None = None,
+) -> Fitted:
+    """Train the last layer of the tiny model on all rows, from the same seed each time, and note what happens."""
+    from transformers import set_seed
+
+    model, rows = harness.model(), harness.encoded(trainer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in _trained_names(model)
+    if probe is not None:
+        model.register_parameter("probe", probe)
+    planned = trainer.planned_steps(len(rows))
+    fitted = Fitted(model=model, planned=planned, before=copies(dict(model.named_parameters())))
+
+    def after_step(given: nn.Module, step: int) -> None:
+        fitted.steps.append(step)
+        fitted.slots.append(copies(trainable(given)))
+        fitted.grads.append(
+            copies({name: value.grad for name, value in trainable(given).items() if value.grad is not None})
+        )
+
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        fitted.seen.extend(inputs[0].tolist())
+
+    hook = model.get_input_embeddings().register_forward_hook(look)
+    set_seed(0)
+    with run_log() as run:
+        fitted.result = trainer.fit(
+            model,
+            harness.codec().tokenizer,
+            rows,
+            after_step=after_step,
+            extra_loss=extra_loss,
+            validate=None,
+            run=run,
+            context=harness.context(steps=planned, directory=run.directory),
+        )
+        fitted.logged = files.history(run.directory)
+    hook.remove()
+    return fitted
+
+
+def _trained_names(model: nn.Module) -> set[str]:
+    """The parameters of the last layer, and what a check added."""
+    return {name for name, _ in model.named_parameters() if ".1." in name or name == "probe"}
+
+
+def _short(steps: list[int]) -> str:
+    return str(steps) if len(steps) <= 8 else f"[{steps[0]}, {steps[1]}, ..., {steps[-1]}]"
+
+
+CHECKS = (
+    takes_the_planned_steps,
+    keeps_the_slot,
+    trains_only_what_is_trainable,
+    leaves_requires_grad_and_device,
+    logs_finite_numbers,
+    is_deterministic,
+    uses_every_row,
+    adds_the_extra_loss_once_a_step,
+    splits_rows_freely,
+    is_stateless,
+)
