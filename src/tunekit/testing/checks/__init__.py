@@ -4,11 +4,21 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-if "pytest" in sys.modules:
-    # Must come before the checks are imported; with it a failed assertion shows the values it compared.
-    sys.modules["pytest"].register_assert_rewrite(__name__)
+FILES = ("adapter", "adapter_results", "component", "evaluator", "quantizer", "source", "trainer")
 
-from tunekit.testing.checks import adapter, adapter_results, component, evaluator, quantizer, source, trainer
+if "pytest" in sys.modules:
+    # Before they are imported, and only where pytest runs: a failed assertion then shows the values it compared.
+    sys.modules["pytest"].register_assert_rewrite(*(f"{__name__}.{file}" for file in FILES))
+
+from tunekit.testing.checks import (  # noqa: E402 - the registration above must come first
+    adapter,
+    adapter_results,
+    component,
+    evaluator,
+    quantizer,
+    source,
+    trainer,
+)
 
 CheckFunction = Callable[[Any, Any], None]
 

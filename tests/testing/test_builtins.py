@@ -1,0 +1,45 @@
+"""Every built-in component passes the conformance kit; one that is not listed here makes the last test fail."""
+
+import tunekit as tk
+from tunekit.core.interfaces import INTERFACES
+from tunekit.core.registry import Registry
+from tunekit.testing import parametrize
+
+SOURCES = (
+    tk.InMemory(rows=[{"text": "a text"}, {"text": "another"}]),
+    tk.JsonLines(path=tk.ORDERS),
+)
+ADAPTERS = (
+    tk.LoRA(rank=4),
+    tk.LoRA(rank=4, variant="rslora"),
+    tk.LoRA(rank=4, variant="dora", dropout=0.1),
+)
+TRAINERS = (
+    tk.SFT(epochs=2, batch_size=4),
+    tk.Transformers(
+        arguments={"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    ),
+)
+EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=12))
+
+
+@parametrize(*SOURCES, *ADAPTERS, *TRAINERS, *EVALUATORS)
+def test_conformance(component, check):
+    check(component)
+
+
+@parametrize(tk.LoRA(rank=4, bias="all"), tk.Perplexity(), architecture="gpt2")
+def test_conformance_on_another_architecture(component, check):
+    check(component)
+
+
+def test_every_builtin_is_listed_here():
+    registry = Registry(environment={"TUNEKIT_DISABLE_PLUGINS": ",".join(_distributions())})
+    offered = {(kind, name) for kind in INTERFACES for name in registry.names(kind)}
+    listed = {(component.kind, component.name) for component in (*SOURCES, *ADAPTERS, *TRAINERS, *EVALUATORS)}
+    assert offered - listed == set(), "list it above, so that it is checked"
+
+
+def _distributions():
+    """What is installed besides tunekit; its own tests are its own matter."""
+    return {plugin.distribution for plugin in Registry().plugins()} - {"tunekit"}
