@@ -14,19 +14,25 @@ import pytest
 @pytest.mark.real
 def test_real(shared): raise AssertionError
 
+@pytest.mark.gpu
+def test_gpu(): raise AssertionError
+
 def test_other(): pass
 """
 
 
-def test_real_tests_are_skipped_with_the_reason_where_the_shared_folder_is_missing(tmp_path: Path) -> None:
+def test_what_needs_data_or_a_device_that_is_not_here_is_skipped_with_the_reason(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    real\n    gpu\n")
+    # Stands in for torch, which would take seconds to import and may see a device.
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
     environment = {**os.environ, "TUNEKIT_SHARED": "no-such-folder"}
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
-    assert "1 passed, 1 skipped" in shown
+    assert "1 passed, 2 skipped" in shown
     assert "no no-such-folder here" in shown
+    assert "torch sees no CUDA device" in shown
 
 
 def test_the_tiny_directory_is_a_model_to_train(tiny_directory: Path) -> None:

@@ -305,12 +305,13 @@ def test_a_value_that_toml_cannot_hold_is_refused_with_its_path(tmp_path, more, 
 
 def test_differences_are_told_by_path_with_the_old_and_the_new_value():
     old = pipeline(trainer=tk.SFT(max_steps=5)).to_dict()
-    new = pipeline(seed=1, adapter=tk.LoRA(rank=8), evaluators=()).to_dict()
+    new = pipeline(seed=1, device="cpu", adapter=tk.LoRA(rank=8), evaluators=()).to_dict()
     assert recipe.differences(old, new) == [
         "recipe.adapter.rank: 16 -> 8",
         "recipe.trainer.max_steps: 5 -> None",
         "recipe.evaluators: [{'use': 'perplexity'}] -> []",
         "recipe.seed: 0 -> 1",
+        "recipe.device: None -> 'cpu'",
     ]
 
 
