@@ -119,7 +119,7 @@ def test_a_missing_requirement_is_one_error_with_the_install_line(tiny_directory
 def test_a_run_directory_is_never_overwritten(finished, tiny_directory, tmp_path):
     pipeline, run = finished
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
-    with pytest.raises(tk.RunExists, match="holds a finished run; read it with tunekit.open_run"):
+    with pytest.raises(tk.RunExists, match=r"holds a finished run; read it with tunekit\.open_run"):
         pipeline.run(run.directory)
     assert before == {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
     (tmp_path / "notes.txt").write_text("mine")
