@@ -26,9 +26,6 @@ from tunekit.core.interfaces import INTERFACES
 from tunekit.core.registry import default_registry
 from tunekit.plugins import COMPONENTS
 
-# peft looks for tunekit:tiny on the Hub, to compare vocabularies, and says that it is not there.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in tunekit")
-
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/writing-a-plugin.md", "CONTRIBUTING.md"]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
