@@ -108,6 +108,11 @@ def refuses_unknown_fields(component: Component, harness: Harness) -> None:
         said = str(error)
     assert said is not None, "a recipe with the unknown field 'no_such_field' was accepted: take no **kwargs"
     assert "no_such_field" in said, f"the error must name the field, got: {said}"
+    try:
+        attrs.evolve(component, no_such_field=1)
+    except TypeError:
+        return
+    raise AssertionError("made with the unknown argument no_such_field=1 it raises nothing: take no **kwargs")
 
 
 def defaults_to_none_where_it_may_be_none(component: Component, harness: Harness) -> None:
