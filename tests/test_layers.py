@@ -22,6 +22,7 @@ ORDER = [
     "core.component",
     "core.interfaces",
     "core.hookspecs",
+    "core.plugin",
     "core.registry",
     "core.recipe",
     # from rows to tokens to batches
@@ -37,6 +38,7 @@ ORDER = [
     "core.checkpoint",
     "core.observers",
     "core.run",
+    "core.adapter_files",
     "core.plan",
     "core.result",
     # where all meet
@@ -46,7 +48,7 @@ ORDER = [
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich", "tomli_w"}
 LONG = 300
-READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 400, "core/registry.py": 400}
+READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 350}
 """The files that may be longer than LONG, because they tell one story that a cut would scatter; and how long."""
 
 

@@ -20,8 +20,8 @@ from .core.pipeline import Pipeline as Pipeline
 from .core.pipeline import load as load
 from .core.pipeline import open_run as open_run
 from .core.plan import Plan as Plan
-from .core.registry import Plugin as Plugin
-from .core.registry import Plugins as Plugins
+from .core.plugin import Plugin as Plugin
+from .core.plugin import Plugins as Plugins
 from .core.registry import register as register
 from .core.result import Run as Run
 from .core.run import RunLog as RunLog

@@ -132,3 +132,35 @@ def test_a_wrapper_is_refused() -> None:
 
     with pytest.raises(tk.PluginError, match="a wrapper is not allowed"):
         Observers(NOBODY, [Wraps()])
+
+
+def test_a_hook_that_is_not_marked_is_refused_since_it_would_never_be_called():
+    class Unmarked:
+        def tunekit_log(self, step):
+            """Never called."""
+
+    with pytest.raises(tk.PluginError, match=r"tunekit_log looks like a hook.*mark it with @tunekit\.hookimpl"):
+        Observers(NOBODY, [Unmarked()])
+
+
+def test_a_class_in_the_place_of_an_observer_is_refused():
+    class Observer:
+        """Not made yet."""
+
+    with pytest.raises(tk.PluginError, match=r"Observer is a class; an observer is an object, write Observer\(\)"):
+        Observers(NOBODY, [Observer])
+
+
+def test_observers_are_told_in_the_order_in_which_they_were_given():
+    told = []
+
+    class Observer:
+        def __init__(self, name):
+            self.name = name
+
+        @tk.hookimpl
+        def tunekit_log(self):
+            told.append(self.name)
+
+    Observers(NOBODY, [Observer("first"), Observer("second")]).emit("tunekit_log", run=None, step=1, metrics={})
+    assert told == ["first", "second"]

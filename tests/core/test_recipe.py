@@ -284,13 +284,24 @@ def test_rows_in_memory_go_through_toml_unchanged(tmp_path_factory, rows):
     assert tk.load(path) == made
 
 
+def test_none_in_a_row_is_written_by_leaving_it_out():
+    pipeline = tk.Pipeline(model="m", data=tk.InMemory(rows=[{"text": "a", "note": None}]))
+    assert pipeline.to_dict()["data"]["rows"] == [{"text": "a"}]
+
+
+def test_a_field_of_python_objects_is_no_part_of_the_recipe():
+    pipeline = tk.Pipeline(
+        model="m", data=tk.InMemory(rows=[{"text": "a"}]), trainer=tk.Transformers(callbacks=(print,))
+    )
+    assert "callbacks" not in pipeline.to_dict()["trainer"]
+    assert tk.Pipeline.from_dict(pipeline.to_dict()).trainer == tk.Transformers()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"data": tk.InMemory(rows=[{"text": "a"}, {"text": None}])}, "recipe.data.rows[1].text: cannot be written"),
         ({"data": tk.InMemory(rows=[{"text": {"a", "b"}}])}, "recipe.data.rows[0].text: cannot be written"),
         ({"trainer": tk.Transformers(arguments={"callback": print})}, "recipe.trainer.arguments.callback: cannot be"),
-        ({"trainer": tk.Transformers(callbacks=(object(),))}, "recipe.trainer.callbacks[0]: cannot be written"),
     ],
 )
 def test_a_value_that_toml_cannot_hold_is_refused_with_its_path(tmp_path, more, message):

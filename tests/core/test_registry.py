@@ -367,3 +367,39 @@ print(sorted(name for name in sys.modules if name.startswith("fake_")))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n['fake_working']\n"
+
+
+# More rules ----------------------------------------------------------------------------------------------------------
+
+
+def test_strict_mode_fails_at_every_lookup_not_only_the_first(registry_with):
+    registry = registry_with("fake-raises", TUNEKIT_STRICT_PLUGINS="1")
+    for _ in range(2):
+        with pytest.raises(tk.PluginError, match="fake-raises"):
+            registry.plugins()
+
+
+def test_an_unknown_name_says_how_a_class_of_ones_own_is_made_known(registry_with):
+    with pytest.raises(tk.UnknownComponent, match=r"decorated with @tunekit\.register"):
+        registry_with().find("adapter", "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"name": "My_Score"}, "must be kebab-case"),
+        ({"name": "a/b"}, "must be kebab-case"),
+        ({"better": {}}, "must say in `better`"),
+        ({"use": attrs.field(default=1), "__annotations__": {"use": int}}, "no field may be called 'use'"),
+    ],
+)
+def test_a_class_that_could_not_be_used_from_a_recipe_is_refused(changes, problem):
+    body = {
+        "name": "own-score",
+        "better": {"own": "max"},
+        "evaluate": lambda self, model, tokenizer, data, context: {"own": 1.0},
+        **changes,
+    }
+    own = attrs.frozen(kw_only=True)(type("Own", (tk.Evaluator,), body))
+    with pytest.raises(tk.PluginError, match=problem):
+        Registry().register(own)

@@ -1,5 +1,6 @@
 """What every plugin component is: a frozen attrs class whose fields are its hyper-parameters."""
 
+import importlib.util
 from abc import ABC
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -7,6 +8,7 @@ from typing import ClassVar, Literal
 import attrs
 
 from tunekit.core.fields import check_types
+from tunekit.errors import ConfigError
 
 Kind = Literal["source", "adapter", "quantizer", "trainer", "evaluator"]
 
@@ -56,3 +58,12 @@ class Component(ABC):
 
     def check(self, context: Context) -> None:  # noqa: B027 - most components have nothing to check
         """Raise ConfigError if this component cannot work in `context`. Cheap: no torch, no network, no weights."""
+
+
+def check_requirements(component: Component) -> None:
+    """Raise ConfigError with the install line if a package that the component needs is not installed."""
+    missing = [name for name in component.requires if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{component.name} needs {', '.join(missing)}: pip install {' '.join(missing)}", type(component).__name__
+        )

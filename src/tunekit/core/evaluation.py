@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tunekit.core.batching import chunks, collate, lengths
 from tunekit.core.codec import IGNORED
-from tunekit.core.interfaces import Encoded
+from tunekit.core.component import Context
+from tunekit.core.interfaces import Encoded, Evaluator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +32,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def measure(
+    evaluators: Iterable[Evaluator],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    context: Context,
+) -> dict[str, float]:
+    """All metrics of all evaluators on `rows`; none where there are no rows."""
+    metrics: dict[str, float] = {}
+    if rows:
+        with evaluating(model):
+            for evaluator in evaluators:
+                metrics |= evaluator.evaluate(model, tokenizer, rows, context)
+    return metrics
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

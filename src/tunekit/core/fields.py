@@ -63,7 +63,8 @@ def check_type(value: Any, annotation: Any, where: str) -> None:
     """Raise ConfigError, naming `where`, unless `value` is of type `annotation`: no "8" for 8, no 1 for True."""
     if not matches(value, annotation):
         hint = ""
-        if isinstance(value, list) and typing.get_origin(annotation) is tuple:
+        options = typing.get_args(annotation) if is_union(annotation) else (annotation,)
+        if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
             hint = "; write a tuple"
         if isinstance(value, type) and isinstance(annotation, type) and issubclass(value, annotation):
             hint = f"; that is the class, write {value.__name__}(...)"
@@ -75,7 +76,7 @@ def matches(value: Any, annotation: Any) -> bool:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any or annotation is None:
         return annotation is Any or value is None
-    if origin in (typing.Union, types.UnionType):
+    if is_union(annotation):
         return any(matches(value, option) for option in arguments)
     if origin is Literal:
         return any(value == option and type(value) is type(option) for option in arguments)
@@ -101,7 +102,7 @@ def describe(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is None or annotation is type(None):
         return "None"
-    if origin in (typing.Union, types.UnionType):
+    if is_union(annotation):
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return " or ".join(repr(option) for option in arguments)
@@ -119,6 +120,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def is_union(annotation: Any) -> bool:
+    """Whether a type is a choice of types, written with `|` or Union."""
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def _is_number(value: Any) -> bool:

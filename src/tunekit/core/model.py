@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunekit.core.assets import resolve
+from tunekit.core.codec import Codec
+from tunekit.core.component import Context
+from tunekit.core.interfaces import Quantizer
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,6 +121,18 @@ class Base:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load {self.model!r}: {reason}", "model") from error
+
+
+def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Context) -> PreTrainedModel:
+    """The base model as a run uses it: quantized if asked for, and stopping at every stop token of the template."""
+    options = quantizer.load_kwargs(context) if quantizer else {}
+    model = base.load(device=context.device, dtype=context.dtype, options=options)
+    if quantizer:
+        model = quantizer.prepare(model, context)
+    own = model.generation_config.eos_token_id
+    stops = [own] if isinstance(own, int) else list(own or [])
+    model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *codec.stop_ids]))
+    return model
 
 
 def choose_device(device: str | None) -> str:

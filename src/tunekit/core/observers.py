@@ -7,7 +7,8 @@ import pluggy
 
 from tunekit.core import hookspecs
 from tunekit.core.hookspecs import PROJECT
-from tunekit.core.registry import Registry, check_hooks
+from tunekit.core.plugin import check_hooks
+from tunekit.core.registry import Registry
 from tunekit.errors import PluginError, PluginWarning
 
 
@@ -33,7 +34,7 @@ class Observers:
 
     def emit(self, hook: str, **arguments: object) -> None:
         """Call every implementation of `hook` with the arguments it asks for."""
-        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
             except Exception as error:  # observers may not stop a run

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from tunekit.core import dataset, recipe
+from tunekit.core import adapter_files, dataset, recipe
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
-from tunekit.core.component import Component, Context
-from tunekit.core.evaluation import evaluating
+from tunekit.core.component import Component, Context, check_requirements
+from tunekit.core.evaluation import measure
 from tunekit.core.fields import check_types
-from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Quantizer, Trainer
-from tunekit.core.model import Base, choose_device, choose_dtype, context_length
+from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Quantizer, Trainer
+from tunekit.core.model import Base, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
 from tunekit.core.registry import default_registry
@@ -28,7 +27,6 @@ from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -125,7 +123,7 @@ class Pipeline:
         if twice:
             raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
         for component in self._components:
-            _check_requirements(component)
+            check_requirements(component)
             component.check(context)
 
     def plan(self) -> Plan:
@@ -169,6 +167,7 @@ class Pipeline:
         """
         directory = Path(directory)
         self.check()
+        told = Observers(default_registry(), observers)
         if not resume:
             files.check_free(directory)
         device = choose_device(self.device)
@@ -180,28 +179,29 @@ class Pipeline:
         resumed = self._resume(directory) if resume else None
         if resumed is None:
             self._begin(directory, context)
-        log = RunLog(directory=directory, observers=Observers(default_registry(), observers), resumed=resumed)
+        log = RunLog(directory=directory, observers=told, resumed=resumed)
         log.note(f"resumed at step {resumed.step}" if resumed else "started")
-        log.observers.emit("tunekit_run_started", run=log, steps=steps)
+        told.emit("tunekit_run_started", run=log, steps=steps)
         try:
             run = self._train(log, codec, data, context)
         except BaseException as error:
             log.note(f"stopped by {type(error).__name__}: {error}")
-            log.observers.emit("tunekit_run_finished", run=log, error=error)
+            told.emit("tunekit_run_finished", run=log, error=error)
             raise
         log.note("finished")
-        log.observers.emit("tunekit_run_finished", run=log, error=None)
+        told.emit("tunekit_run_finished", run=log, error=None)
         return run
 
     def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context) -> Run:
         from transformers import set_seed
 
         began = time.monotonic()
-        base = self._load_base(codec, context)
+        base = load_base(self._base, self._quantizer, codec, context)
+        evaluate = partial(measure, self.evaluators, tokenizer=codec.tokenizer, rows=data.validation, context=context)
         if log.resumed:
             base_metrics = files.read_json(log.directory / files.BASE_METRICS)
         else:
-            base_metrics = self._evaluate(base, codec.tokenizer, data.validation, context)
+            base_metrics = evaluate(base)
             files.write_json(log.directory / files.BASE_METRICS, base_metrics)
 
         set_seed(self.seed)
@@ -219,15 +219,13 @@ class Pipeline:
             data.train,
             after_step=self.adapter.after_step,
             extra_loss=self.adapter.extra_loss,
-            validate=partial(self._evaluate, model, codec.tokenizer, data.validation, context)
-            if data.validation
-            else None,
+            validate=partial(evaluate, model) if data.validation else None,
             run=log,
             context=context,
         )
 
-        self._save_adapter(model, codec, log.directory / files.ADAPTER)
-        metrics = self._evaluate(model, codec.tokenizer, data.validation, context)
+        adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, self._base, codec)
+        metrics = evaluate(model)
         trainable, total = count_parameters(model)
         result = {
             "metrics": metrics,
@@ -301,43 +299,6 @@ class Pipeline:
             )
         return found
 
-    def _load_base(self, codec: Codec, context: Context) -> PreTrainedModel:
-        """The base model, quantized if asked for, whose generation stops at every stop token."""
-        quantizer = self._quantizer
-        options = quantizer.load_kwargs(context) if quantizer else {}
-        model = self._base.load(device=context.device, dtype=context.dtype, options=options)
-        if quantizer:
-            model = quantizer.prepare(model, context)
-        own = model.generation_config.eos_token_id
-        stops = [own] if isinstance(own, int) else list(own or [])
-        model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *codec.stop_ids]))
-        return model
-
-    def _evaluate(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], context: Context
-    ) -> dict[str, float]:
-        """All metrics on held-out rows; none where there are no rows."""
-        metrics: dict[str, float] = {}
-        if rows:
-            with evaluating(model):
-                for evaluator in self.evaluators:
-                    metrics |= evaluator.evaluate(model, tokenizer, rows, context)
-        return metrics
-
-    def _save_adapter(self, model: nn.Module, codec: Codec, directory: Path) -> None:
-        """The adapter, and beside it what is needed to use it: who made it, on which base, with which template."""
-        directory.mkdir(exist_ok=True)
-        self.adapter.save(model, directory)
-        files.write_json(
-            directory / files.PROVENANCE,
-            {
-                **default_registry().provenance(type(self.adapter)),
-                "model": self.model,
-                "revision": self.revision,
-                "template": codec.template,
-            },
-        )
-
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
         return Run(directory, self.adapter, partial(self._open, directory), tuned)
 
@@ -345,7 +306,7 @@ class Pipeline:
         """The tuned model of a finished run, or its base, fresh from disk."""
         context = self._context(device=choose_device(self.device), directory=directory)
         codec = self._codec()
-        model: nn.Module = self._load_base(codec, context)
+        model: nn.Module = load_base(self._base, self._quantizer, codec, context)
         if tuned:
             model = self.adapter.load(model, directory / files.ADAPTER)
         return Loaded(model=model.eval(), codec=codec, context=context)
@@ -353,7 +314,11 @@ class Pipeline:
 
 def load(path: str | Path) -> Pipeline:
     """The pipeline in a TOML recipe; ConfigError with file, dotted path and a suggestion if it is wrong."""
-    return Pipeline.from_dict(recipe.read(Path(path)))
+    try:
+        return Pipeline.from_dict(recipe.read(Path(path)))
+    except ConfigError as error:
+        named = error.where.startswith(str(path))
+        raise error if named else ConfigError(error.message, f"{path}: {error.where}") from None
 
 
 def open_run(directory: str | Path) -> Run:
@@ -363,12 +328,3 @@ def open_run(directory: str | Path) -> Run:
         state = "is not finished" if (directory / files.RECIPE).is_file() else "is not there"
         raise ConfigError(f"the run in {directory} {state}", "directory")
     return load(directory / files.RECIPE)._finished(directory)
-
-
-def _check_requirements(component: Component) -> None:
-    missing = [name for name in component.requires if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{component.name} needs {', '.join(missing)}: pip install {' '.join(missing)}",
-            type(component).__name__,
-        )

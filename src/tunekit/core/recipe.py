@@ -1,7 +1,8 @@
 """Recipes: attrs objects to and from plain tables and TOML. Strict: no unknown field, no wrong type, each error a path.
 
 A component is a table with its name under `use` and its fields beside it. TOML has no null, so None is written by
-leaving the field out; a field that may be None must therefore default to None (the conformance kit checks it).
+leaving the field out; a field that may be None must therefore default to None (the conformance kit checks it). A field
+with `metadata={"recipe": False}` holds Python objects and is no part of the recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import attrs
 
 from tunekit.core.component import Component
-from tunekit.core.fields import check_type, describe, did_you_mean, types_of
+from tunekit.core.fields import check_type, describe, did_you_mean, is_union, types_of
 from tunekit.core.registry import Registry
 from tunekit.errors import AmbiguousComponent, ConfigError, PluginError, UnknownComponent
 
@@ -31,13 +32,11 @@ def to_table(value: Any, registry: Registry, where: str = "recipe") -> Any:
     Raises ConfigError, naming the field, for a value that TOML cannot hold.
     """
     if isinstance(value, Component) or attrs.has(type(value)):
-        fields = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
-        written = {
-            name: to_table(item, registry, f"{where}.{name}") for name, item in fields.items() if item is not None
-        }
+        names = [field.name for field in attrs.fields(type(value)) if field.metadata.get("recipe", True)]
+        written = _entries({name: getattr(value, name) for name in names}, registry, where)
         return {"use": registry.spelling(type(value)), **written} if isinstance(value, Component) else written
     if isinstance(value, Mapping):
-        return {str(key): to_table(item, registry, f"{where}.{key}") for key, item in value.items()}
+        return _entries(value, registry, where)
     if isinstance(value, tuple | list):
         return [to_table(item, registry, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, bool | int | float | str):
@@ -55,7 +54,7 @@ def from_table(value: Any, annotation: Any, registry: Registry, where: str = "re
         return _component(value, annotation, registry, where)
     if inspect.isclass(annotation) and attrs.has(annotation):
         return _object(value, annotation, registry, where)
-    if _is_union(annotation):
+    if is_union(annotation):
         return _union(value, arguments, annotation, registry, where)
     if origin is tuple and isinstance(value, list):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -101,6 +100,12 @@ def differences(old: Any, new: Any, where: str = "recipe") -> list[str]:
         names = dict.fromkeys([*new, *old])
         return [line for name in names for line in differences(old.get(name), new.get(name), f"{where}.{name}")]
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def _entries(fields: Mapping[str, Any], registry: Registry, where: str) -> dict[str, Any]:
+    """Every entry that is not None, as TOML can hold it."""
+    kept = {str(name): item for name, item in fields.items() if item is not None}
+    return {name: to_table(item, registry, f"{where}.{name}") for name, item in kept.items()}
 
 
 def _component(value: Any, interface: type[Component], registry: Registry, where: str) -> Component:
@@ -153,9 +158,3 @@ def _union(value: Any, options: tuple[Any, ...], annotation: Any, registry: Regi
             continue
     check_type(value, annotation, where)
     return value
-
-
-def _is_union(annotation: Any) -> bool:
-    import types
-
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)

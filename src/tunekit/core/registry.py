@@ -16,17 +16,15 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import attrs
-import pluggy
 
-from tunekit.core import hookspecs
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
-from tunekit.core.hookspecs import API, PROJECT, Lazy
-from tunekit.core.interfaces import INTERFACES, interface_of
-from tunekit.core.table import table
+from tunekit.core.hookspecs import API, PROJECT
+from tunekit.core.interfaces import interface_of
+from tunekit.core.plugin import Offer, Plugin, Plugins, check_component, components_of
 from tunekit.errors import AmbiguousComponent, PluginError, PluginWarning, UnknownComponent
 
 BUILTINS: Mapping[str, str] = {
@@ -36,52 +34,6 @@ BUILTINS: Mapping[str, str] = {
 """The plugin modules that tunekit itself brings, by plugin name."""
 
 ComponentClass = TypeVar("ComponentClass", bound=type[Component])
-
-
-@attrs.frozen(kw_only=True)
-class Plugin:
-    """One installed plugin and what became of it.
-
-    Args:
-        name: the name of its entry point.
-        distribution: the distribution that brings it.
-        version: that distribution's version.
-        status: "loaded", "disabled" (not imported), "failed" or "incompatible" (with this plugin interface).
-        error: why it is not loaded; empty where it is.
-        components: its components as "kind/name".
-    """
-
-    name: str
-    distribution: str
-    version: str
-    status: Literal["loaded", "disabled", "failed", "incompatible"] = "loaded"
-    error: str = ""
-    components: tuple[str, ...] = ()
-
-    @property
-    def origin(self) -> str:
-        """Distribution and version in one word, as errors say it."""
-        return f"{self.distribution} {self.version}"
-
-
-class Plugins(tuple[Plugin, ...]):
-    """The installed plugins; prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [[p.name, p.distribution, p.version, p.status, p.error or ", ".join(p.components)] for p in self]
-        return table(["plugin", "distribution", "version", "status", "components or error"], rows)
-
-
-@attrs.frozen(kw_only=True)
-class _Offer:
-    """A component as offered by one plugin."""
-
-    plugin: Plugin
-    component: type[Component] | Lazy
-
-    @property
-    def spelling(self) -> str:
-        return f"{self.plugin.distribution}/{self.component.name}"
 
 
 class Registry:
@@ -98,7 +50,7 @@ class Registry:
         self._lock = threading.RLock()
         self._plugins: list[Plugin] = []
         self._modules: dict[str, ModuleType] = {}
-        self._offers: dict[tuple[str, str], list[_Offer]] = {}
+        self._offers: dict[tuple[str, str], list[Offer]] = {}
         self._discovered = False
 
     def plugins(self) -> Plugins:
@@ -132,7 +84,7 @@ class Registry:
             offers = [offer for offer in offers if offer.plugin.distribution == distribution]
         if not offers:
             raise UnknownComponent(self._unknown(kind, name))
-        ours = [offer for offer in offers if offer.plugin.distribution == PROJECT]
+        ours = [offer for offer in offers if offer.is_builtin]
         if len(offers) > 1 and not ours:
             spellings = " or ".join(repr(offer.spelling) for offer in offers)
             origins = " and ".join(offer.plugin.origin for offer in offers)
@@ -141,7 +93,7 @@ class Registry:
                 "TUNEKIT_DISABLE_PLUGINS"
             )
         offer = (ours or offers)[0]
-        return _resolve(offer)
+        return offer.resolve()
 
     def register(self, component: ComponentClass) -> ComponentClass:
         """Make a class of the user's own script known by name, so that a saved recipe can be loaded there again.
@@ -149,7 +101,7 @@ class Registry:
         Usable as a decorator. Raises PluginError if the class breaks a rule or its name is taken.
         """
         self._discover()
-        _check_component(component, component.kind, component.name)
+        check_component(component, component.kind, component.name)
         origin = inspect.getmodule(component)
         plugin = Plugin(name=component.name, distribution="local", version=getattr(origin, "__name__", "script"))
         offers = self._offers.get((component.kind, component.name), [])
@@ -160,20 +112,20 @@ class Registry:
                 f"{component.__qualname__}: {others[0].plugin.origin} already offers {component.name!r}; "
                 "choose another name"
             )
-        self._offers[component.kind, component.name] = [_Offer(plugin=plugin, component=component)]
+        self._offers[component.kind, component.name] = [Offer(plugin=plugin, component=component)]
         return component
 
     def spelling(self, component: type[Component]) -> str:
         """How a recipe names this class: its bare name, or `distribution/name` where the bare one means another."""
         self._discover()
         offers = self._offers.get((component.kind, component.name), [])
-        mine = [offer for offer in offers if _is(offer, component)]
+        mine = [offer for offer in offers if offer.is_of(component)]
         if offers and not mine:
             raise PluginError(
                 f"{component.__qualname__} is named {component.name!r}, which is the {component.kind} of "
                 f"{offers[0].plugin.origin}; give your class another name"
             )
-        ours = [offer for offer in offers if offer.plugin.distribution == PROJECT]
+        ours = [offer for offer in offers if offer.is_builtin]
         bare = len(offers) <= 1 or (ours and mine[0] is ours[0])
         return component.name if bare else mine[0].spelling
 
@@ -181,7 +133,7 @@ class Registry:
         """Which component, distribution and version an artefact was made by."""
         self._discover()
         for offer in self._offers.get((component.kind, component.name), []):
-            if _is(offer, component):
+            if offer.is_of(component):
                 return {
                     "component": f"{component.kind}/{component.name}",
                     "distribution": offer.plugin.distribution,
@@ -197,7 +149,8 @@ class Registry:
         with self._lock:
             if self._discovered:
                 return
-            self._discovered = True
+            # Begun anew after a strict error, so that the second lookup fails like the first.
+            self._plugins, self._modules, self._offers = [], {}, {}
             disabled = _names(self._environment.get("TUNEKIT_DISABLE_PLUGINS", ""))
             version = _version(PROJECT)
             for name, module in self._builtins.items():
@@ -211,6 +164,7 @@ class Registry:
                     version=point.dist.version if point.dist else "unknown",
                 )
                 self._admit(plugin, point.load, bool({point.name, distribution, "*"} & disabled))
+            self._discovered = True
 
     def _admit(self, plugin: Plugin, load: Any, disabled: bool) -> None:
         """Load one plugin and record what became of it; its components count only if all of it is in order."""
@@ -224,7 +178,7 @@ class Registry:
                 reason = f"written for plugin interface {api}, this tunekit has {API}"
                 self._set_aside(attrs.evolve(plugin, status="incompatible", error=reason), None)
                 return
-            offered = _components(module)
+            offered = components_of(module)
         except (
             Exception,
             SystemExit,
@@ -237,7 +191,7 @@ class Registry:
         self._plugins.append(plugin)
         self._modules[f"{plugin.distribution}/{plugin.name}"] = module
         for component in offered:
-            offer = _Offer(plugin=plugin, component=component)
+            offer = Offer(plugin=plugin, component=component)
             self._offers.setdefault((component.kind, component.name), []).append(offer)
 
     def _set_aside(self, plugin: Plugin, cause: BaseException | None) -> None:
@@ -253,81 +207,12 @@ class Registry:
         if missing:
             listed = "; ".join(f"{p.name} of {p.origin} ({p.status}: {p.error})" for p in missing)
             message += f". Not loaded: {listed}"
-        return message
+        return f"{message}. A class of your own script is known once it is decorated with @tunekit.register"
 
 
 def _entry_points() -> Sequence[importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=PROJECT)
     return sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))
-
-
-def _components(module: Any) -> Sequence[type[Component] | Lazy]:
-    """What the plugin module offers, after all its hooks were checked against the specifications."""
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hookspecs)
-    manager.register(module)
-    check_hooks(manager, module)
-    offered: list[type[Component] | Lazy] = []
-    for returned in manager.hook.tunekit_components():
-        for component in returned:
-            if isinstance(component, Lazy):
-                interface_of(component.kind)
-            else:
-                _check_component(component, getattr(component, "kind", None), getattr(component, "name", None))
-            offered.append(component)
-    return offered
-
-
-def check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
-    """Raise PluginError if `plugin` implements a hook that does not exist, or wraps one."""
-    known = [name for name in vars(manager.hook) if name.startswith("tunekit_")]
-    for caller in manager.get_hookcallers(plugin) or []:
-        if not caller.has_spec():
-            specified = [name for name in known if getattr(manager.hook, name).has_spec()]
-            raise PluginError(f"{caller.name!r} is no hook of tunekit{did_you_mean(caller.name, specified)}")
-        if any(impl.plugin is plugin and (impl.wrapper or impl.hookwrapper) for impl in caller.get_hookimpls()):
-            raise PluginError(f"{caller.name}: hooks observe; a wrapper is not allowed")
-
-
-def _resolve(offer: _Offer) -> type[Component]:
-    component = offer.component
-    if not isinstance(component, Lazy):
-        return component
-    module, _, attribute = component.target.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(
-            f"plugin {offer.plugin.name!r} of {offer.plugin.origin} names {component.target!r}, "
-            f"which cannot be imported: {error}"
-        ) from error
-    _check_component(found, component.kind, component.name)
-    return found  # type: ignore[no-any-return]
-
-
-def _check_component(component: Any, kind: str | None, name: str | None) -> None:
-    """Raise PluginError unless `component` is a concrete component class of this kind and name."""
-    is_component = inspect.isclass(component) and issubclass(component, tuple(INTERFACES.values()))
-    if not is_component:
-        raise PluginError(f"{component!r} is no component: it must be a subclass of one of the five interfaces")
-    where = f"{component.__module__}.{component.__qualname__}"
-    if not issubclass(component, INTERFACES.get(component.kind, ())):
-        raise PluginError(f"{where} says that its kind is {component.kind!r}, but its interface is another")
-    if component.kind != kind or getattr(component, "name", None) != name or not name:
-        raise PluginError(
-            f"{where} is {component.kind}/{getattr(component, 'name', '(no name)')}, but is offered as {kind}/{name}"
-        )
-    if inspect.isabstract(component):
-        missing = ", ".join(sorted(component.__abstractmethods__))
-        raise PluginError(f"{where} is abstract: it must define {missing}")
-    if "__attrs_attrs__" not in vars(component):
-        raise PluginError(f"{where} is not an attrs class: decorate it with @attrs.frozen(kw_only=True)")
-
-
-def _is(offer: _Offer, component: type[Component]) -> bool:
-    if isinstance(offer.component, Lazy):
-        return offer.component.target == f"{component.__module__}:{component.__qualname__}"
-    return offer.component is component
 
 
 def _names(text: str) -> set[str]:

@@ -29,7 +29,6 @@ RESULT = "result.json"
 BASE_METRICS = "base_metrics.json"
 LOG = "log.txt"
 ADAPTER = "adapter"
-PROVENANCE = "tunekit.json"
 CHECKPOINTS = "checkpoints"
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import sys
 from types import ModuleType
 
 from tunekit.core.hookspecs import Lazy, hookimpl
-from tunekit.core.registry import Plugins, default_registry
+from tunekit.core.plugin import Plugins
+from tunekit.core.registry import default_registry
 
 COMPONENTS: tuple[Lazy, ...] = (
     Lazy("source", "in-memory", "tunekit.plugins.sources.in_memory:InMemory"),

@@ -23,6 +23,10 @@ _OTHER_ENCODINGS = {
 }
 
 
+def _as_text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
 @attrs.frozen(kw_only=True)
 class JsonLines(DataSource):
     """A file with one JSON object a line, in UTF-8. Blank lines are passed over; lines are counted from 1.
@@ -35,7 +39,7 @@ class JsonLines(DataSource):
 
     name = "json-lines"
 
-    path: str = attrs.field(converter=os.fspath)
+    path: str = attrs.field(converter=_as_text)
     schema: SchemaName | None = None
     columns: Mapping[str, str] | None = None
 

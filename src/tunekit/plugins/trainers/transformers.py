@@ -35,7 +35,7 @@ class Transformers(Trainer):
 
     Args:
         arguments: fields of `transformers.TrainingArguments` by name; the learning rate defaults to 2e-4.
-        callbacks: `transformers.TrainerCallback` objects; a pipeline with callbacks cannot be saved as a recipe.
+        callbacks: `transformers.TrainerCallback` objects; being Python objects, they are no part of a saved recipe.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
     """
@@ -43,7 +43,7 @@ class Transformers(Trainer):
     name = "transformers"
 
     arguments: Mapping[str, Any] = attrs.field(factory=dict)
-    callbacks: tuple[Any, ...] = ()
+    callbacks: tuple[Any, ...] = attrs.field(default=(), metadata={"recipe": False})
     max_length: int | None = None
     train_on: TrainOn = "assistant"
 
