@@ -67,7 +67,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         line for group, points in groups.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))
     ]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {**os.environ, "PYTHONPATH": str(site), "TUNEKIT_STRICT_PLUGINS": "1"}
+    # Whatever pytest plugins this machine has are none of the example's business.
+    alone = {"TUNEKIT_STRICT_PLUGINS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return {**os.environ, "PYTHONPATH": str(site), **alone}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,6 @@ def test_conformance_on_norms(component, check):
     check(component)
 
 
-@parametrize(BitFit(), BitFit(norms=False), architecture="gpt2")
+@parametrize(BitFit(norms=False), architecture="gpt2")
 def test_conformance_on_biases(component, check):
     check(component)

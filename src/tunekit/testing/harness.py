@@ -46,10 +46,12 @@ class Harness:
     Args:
         architecture: of the tiny model: "llama" or "gpt2".
         rows: what is trained and evaluated on.
+        memory: what the checks that share this harness need not do twice.
     """
 
     architecture: str = "llama"
     rows: tuple[Example, ...] = ROWS
+    memory: dict[str, Any] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def model(self) -> PreTrainedModel:
         """The tiny base model, in evaluation mode, with the same weights on every call."""
@@ -209,6 +211,10 @@ def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     found: Tensor = model(**inputs, use_cache=False).logits
+    assert found.shape[:2] == batch["input_ids"].shape, (
+        f"the logits are {tuple(found.shape)} for inputs of {tuple(batch['input_ids'].shape)}: return those "
+        "of each input token, and cut off those of tokens that the method puts before"
+    )
     return found
 
 

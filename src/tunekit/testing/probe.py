@@ -1,4 +1,4 @@
-"""Run as `python -m tunekit.testing.probe`: what does making this component import and open?
+"""Run as a script of its own: what does making this component import and open?
 
 Reads a pickled component from standard input and writes JSON to standard output: `heavy`, the heavy packages that are
 imported once its module is imported and it is made and checked; `opened`, the files and connections that making it

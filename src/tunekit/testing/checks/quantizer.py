@@ -8,6 +8,7 @@ from unittest import SkipTest
 
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Quantizer
+from tunekit.core.model import Base
 from tunekit.errors import ConfigError
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import Harness, logits, scratch
@@ -65,12 +66,13 @@ def gives_weights_back(quantizer: Quantizer, harness: Harness) -> None:
         if isinstance(before.get(name), torch.nn.Linear) and _differs(module, before[name])
     }
     assert quantized, "no linear layer is quantized: have load_kwargs or prepare do it"
-    for name, module in quantized.items():
-        weight, exact = quantizer.dequantize(module), before[name].weight.detach()
+    pairs = {name: (quantizer.dequantize(quantized[name]), before[name].weight.detach()) for name in quantized}
+    for name, (weight, exact) in pairs.items():
         assert weight.dtype == torch.float32, f"dequantize gave {weight.dtype} for {name}: give torch.float32"
         assert weight.shape == exact.shape, (
             f"dequantize gave {tuple(weight.shape)} for {name}: give (out_features, in_features), {tuple(exact.shape)}"
         )
+    for name, (weight, exact) in pairs.items():
         error = float((weight.cpu() - exact).norm() / exact.norm())
         assert error <= TOLERANCE, f"dequantize of {name} is {error:.0%} away from the weight that was quantized"
 
@@ -92,14 +94,11 @@ def _context(quantizer: Quantizer, harness: Harness) -> Context:
 
 def _loaded(quantizer: Quantizer, harness: Harness) -> PreTrainedModel:
     """The tiny model, loaded from disk as the pipeline does."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     context = _context(quantizer, harness)
     with scratch() as directory:
         harness.model().save_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, device_map="cpu", **quantizer.load_kwargs(context)
+        model = Base(model=str(directory)).load(
+            device=context.device, dtype=context.dtype, options=quantizer.load_kwargs(context)
         )
     prepared = quantizer.prepare(model, context)
     assert isinstance(prepared, type(model)), f"prepare returned {type(prepared).__name__}: return the model"
