@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 from unittest import SkipTest
 
@@ -21,13 +22,16 @@ from tunekit.testing.harness import ROWS, Harness
 if TYPE_CHECKING:
     import pytest
 
+Status = Literal["passed", "failed", "expected", "skipped"]
+_NONE: Mapping[str, str] = MappingProxyType({})
+
 
 @attrs.frozen(kw_only=True)
 class Record:
     """What became of one check.
 
     Args:
-        component: the component's name, with the fields that tell it from others of the same name.
+        component: the component's name.
         check: the check's name.
         status: "passed", "failed", "expected" (it failed, as was said beforehand) or "skipped".
         reason: why it is not passed.
@@ -35,7 +39,7 @@ class Record:
 
     component: str
     check: str
-    status: Literal["passed", "failed", "expected", "skipped"]
+    status: Status
     reason: str = ""
 
 
@@ -81,15 +85,14 @@ def checks_for(
         rows: what is trained and evaluated on, where the component needs other rows than conversations.
     """
     harness = Harness(architecture=architecture, rows=tuple(rows))
-    of_all = [Check(function=function, harness=harness, trains=False) for function in checks.OF_ALL]
-    of_kind = [Check(function=function, harness=harness, trains=True) for function in checks.OF_KIND[component.kind]]
-    return (*of_all, *of_kind)
+    found = [(False, function) for function in checks.OF_ALL] + [(True, f) for f in checks.OF_KIND[component.kind]]
+    return tuple(Check(function=function, harness=harness, trains=trains) for trains, function in found)
 
 
 def check_component(
     component: Component,
     *,
-    expected_failures: Mapping[str, str] | None = None,
+    expected_failures: Mapping[str, str] = _NONE,
     architecture: str = "llama",
     rows: Sequence[Example] = ROWS,
 ) -> list[Record]:
@@ -104,15 +107,14 @@ def check_component(
     Raises:
         ConfigError: `expected_failures` names a check that this component does not have.
     """
-    expected = expected_failures or {}
     cases = checks_for(component, architecture=architecture, rows=rows)
-    _check_names(expected, cases)
-    return [_record(component, check, expected.get(check.name)) for check in cases]
+    _check_names(expected_failures, cases)
+    return [_record(component, check, expected_failures.get(check.name)) for check in cases]
 
 
 def parametrize(
     *components: Component,
-    expected_failures: Mapping[str, str] | None = None,
+    expected_failures: Mapping[str, str] = _NONE,
     architecture: str = "llama",
     rows: Sequence[Example] = ROWS,
 ) -> pytest.MarkDecorator:
@@ -129,20 +131,15 @@ def parametrize(
     """
     import pytest
 
-    expected = expected_failures or {}
     pairs = [
         (component, label, check)
         for component, label in zip(components, labels(components), strict=True)
         for check in checks_for(component, architecture=architecture, rows=rows)
     ]
-    _check_names(expected, [check for _, _, check in pairs])
+    _check_names(expected_failures, [check for _, _, check in pairs])
+    xfail = {name: [pytest.mark.xfail(reason=reason, strict=True)] for name, reason in expected_failures.items()}
     cases = [
-        pytest.param(
-            component,
-            check,
-            id=f"{label}-{check.name}",
-            marks=[pytest.mark.xfail(reason=expected[check.name], strict=True)] if check.name in expected else [],
-        )
+        pytest.param(component, check, id=f"{label}-{check.name}", marks=xfail.get(check.name, []))
         for component, label, check in pairs
     ]
     return pytest.mark.parametrize(("component", "check"), cases)
@@ -164,7 +161,7 @@ def labels(components: Sequence[Component]) -> list[str]:
 
 
 def _record(component: Component, check: Check, expected: str | None) -> Record:
-    status: Literal["passed", "failed", "expected", "skipped"] = "passed"
+    status: Status = "passed"
     reason = ""
     try:
         check(component)

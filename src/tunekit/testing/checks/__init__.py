@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FILES = ("adapter", "adapter_results", "component", "evaluator", "quantizer", "source", "trainer")
+FILES = ("adapter", "adapter_results", "component", "component_imports", "evaluator", "quantizer", "source", "trainer")
 
 if "pytest" in sys.modules:
     # Before they are imported, and only where pytest runs: a failed assertion then shows the values it compared.
@@ -14,6 +14,7 @@ from tunekit.testing.checks import (  # noqa: E402 - the registration above must
     adapter,
     adapter_results,
     component,
+    component_imports,
     evaluator,
     quantizer,
     source,
@@ -22,7 +23,7 @@ from tunekit.testing.checks import (  # noqa: E402 - the registration above must
 
 CheckFunction = Callable[[Any, Any], None]
 
-OF_ALL: tuple[CheckFunction, ...] = component.CHECKS
+OF_ALL: tuple[CheckFunction, ...] = (*component.CHECKS, *component_imports.CHECKS)
 """What holds for every component."""
 OF_KIND: Mapping[str, tuple[CheckFunction, ...]] = {
     "source": source.CHECKS,

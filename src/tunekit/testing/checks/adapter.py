@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from tunekit.core.evaluation import evaluating
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.testing.checks.component import unchanged
-from tunekit.testing.harness import (
-    STEPS,
-    Harness,
-    attached,
+from tunekit.testing.harness import STEPS, Harness, attached
+from tunekit.testing.training import (
     changed,
     copies,
     cross_entropy,

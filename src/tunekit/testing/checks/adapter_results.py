@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING
 
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.errors import NotSupported
-from tunekit.testing.harness import (
-    Harness,
-    attached,
-    changed,
-    copies,
-    distance,
-    logits,
-    new_optimizer,
-    scratch,
-    train,
-    trainable,
-)
+from tunekit.testing.harness import Harness, attached, scratch
+from tunekit.testing.training import changed, copies, distance, logits, new_optimizer, train, trainable
 
 if TYPE_CHECKING:
     from torch import nn

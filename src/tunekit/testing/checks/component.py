@@ -5,18 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 import pickle
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
-from unittest import SkipTest
 
 import attrs
 
@@ -141,55 +135,6 @@ def survives_copies(component: Component, harness: Harness) -> None:
         assert copied == component, f"its {how} is not equal to it: {copied!r}; do not set eq=False, nor write __eq__"
 
 
-def is_light(component: Component, harness: Harness) -> None:
-    """Importing its module, making it and checking it imports no heavy package."""
-    heavy = _probe(component)["heavy"]
-    assert not heavy, (
-        f"importing {type(component).__module__}, making {type(component).__name__} and checking it imports "
-        f"{', '.join(heavy)}: move those imports into the methods that need them (for types: `if TYPE_CHECKING:`)"
-    )
-
-
-def makes_no_input_or_output(component: Component, harness: Harness) -> None:
-    """Making it opens no file and no connection: that is for its methods."""
-    opened = _probe(component)["opened"]
-    assert not opened, f"making {type(component).__name__} opens {opened}: read where it is used, and test in `check`"
-
-
-def says_what_to_install(component: Component, harness: Harness) -> None:
-    """Without a package that it requires, `Pipeline.check` is a ConfigError with the line that installs it."""
-    for name in component.requires:
-        said = None
-        with _hidden(name):
-            try:
-                harness.pipeline(component).check()
-            except ConfigError as error:
-                said = str(error)
-            except ImportError as error:
-                raise AssertionError(
-                    f"without {name}, Pipeline.check raises {error!r}: import {name} only in the methods that run later"
-                ) from None
-        assert said is not None, f"without {name}, Pipeline.check passes: {name!r} is no import name"
-        assert re.search(rf"pip install .*\b{name}\b", said), (
-            f"without {name}, Pipeline.check says {said!r}: let tunekit say what to install, and test nothing before"
-        )
-
-
-CHECKS = (
-    is_frozen,
-    is_keyword_only,
-    is_named,
-    is_documented,
-    survives_a_recipe,
-    refuses_unknown_fields,
-    defaults_to_none_where_it_may_be_none,
-    survives_copies,
-    is_light,
-    makes_no_input_or_output,
-    says_what_to_install,
-)
-
-
 @contextmanager
 def unchanged(component: Component) -> Iterator[None]:
     """What happens inside must leave the component as it was: it may be used for several runs."""
@@ -225,34 +170,13 @@ def _registry_with(cls: type[Component]) -> Registry:
     return registry
 
 
-def _probe(component: Component) -> dict[str, list[str]]:
-    """What a new process imports and opens to make and check an equal component."""
-    if type(component).__module__ == "__main__":
-        raise SkipTest("it is defined in a script; move it to a module of its own")
-    try:
-        return _probed(pickle.dumps(component))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise AssertionError(f"it cannot be handed to another process: {error}") from None
-
-
-@cache
-def _probed(pickled: bytes) -> dict[str, list[str]]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    # As a file, not by -m, which would import the whole kit; -P keeps the file's folder from hiding other modules.
-    command = [sys.executable, "-P", str(Path(__file__).parent.parent / "probe.py")]
-    done = subprocess.run(command, input=pickled, capture_output=True, env=environment, check=False)
-    assert done.returncode == 0, f"it cannot be made in a new process:\n{done.stderr.decode(errors='replace')[-2000:]}"
-    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-@contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """As if the package `name` were not installed."""
-    kept = {module: sys.modules.pop(module) for module in list(sys.modules) if module.split(".")[0] == name}
-    sys.modules[name] = None  # type: ignore[assignment]  # how Python itself marks a module that must not be found
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        sys.modules.update(kept)
+CHECKS = (
+    is_frozen,
+    is_keyword_only,
+    is_named,
+    is_documented,
+    survives_a_recipe,
+    refuses_unknown_fields,
+    defaults_to_none_where_it_may_be_none,
+    survives_copies,
+)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from tunekit.core.checkpoint import random_states
 from tunekit.core.interfaces import Encoded, Evaluator
 from tunekit.testing.checks.component import unchanged
-from tunekit.testing.harness import Harness, changed, copies, cross_entropy
+from tunekit.testing.harness import Harness
+from tunekit.testing.training import changed, copies, cross_entropy
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,7 +11,8 @@ from tunekit.core.interfaces import Quantizer
 from tunekit.core.model import Base
 from tunekit.errors import ConfigError
 from tunekit.testing.checks.component import unchanged
-from tunekit.testing.harness import Harness, logits, scratch
+from tunekit.testing.harness import Harness, scratch
+from tunekit.testing.training import logits
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import SkipTest
 
 import attrs
 
-from tunekit.core import run as files
 from tunekit.core.interfaces import Trainer, TrainResult
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
-from tunekit.testing.harness import Harness, changed, copies, distance, run_log, trainable
+from tunekit.testing.fitting import fit, fitted_once, trained_names
+from tunekit.testing.harness import Harness
+from tunekit.testing.training import changed, copies, distance, trainable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@attrs.define(kw_only=True)
-class Fitted:
-    """What a check can see of one `fit`.
-
-    Args:
-        model: the trained model; the last of its two layers is trained.
-        planned: what `planned_steps` said.
-        steps: the step numbers that `after_step` was called with.
-        before: the parameters at the start.
-        slots: the trainable parameters in each `after_step`.
-        grads: their gradients there.
-        seen: the token ids of every forward pass, one list a row.
-        logged: what was logged.
-        result: what `fit` returned.
-    """
-
-    model: nn.Module
-    planned: int
-    before: dict[str, Tensor]
-    steps: list[int] = attrs.field(factory=list)
-    slots: list[dict[str, Tensor]] = attrs.field(factory=list)
-    grads: list[dict[str, Tensor]] = attrs.field(factory=list)
-    seen: list[list[int]] = attrs.field(factory=list)
-    logged: list[dict[str, float]] = attrs.field(factory=list)
-    result: TrainResult | None = None
-
-
 def takes_the_planned_steps(trainer: Trainer, harness: Harness) -> None:
     """`after_step` is called with 1, 2, ... up to `planned_steps`, and the result says so too."""
-    fitted = _fitted(trainer, harness)
+    fitted = fitted_once(trainer, harness)
     expected = list(range(1, fitted.planned + 1))
     assert fitted.steps == expected, (
         f"after_step was called with {_short(fitted.steps)}, and planned_steps({len(harness.rows)}) is "
@@ -62,7 +35,7 @@ def takes_the_planned_steps(trainer: Trainer, harness: Harness) -> None:
 
 def keeps_the_slot(trainer: Trainer, harness: Harness) -> None:
     """`after_step` comes after `optimizer.step()`, while the gradients are still there."""
-    fitted = _fitted(trainer, harness)
+    fitted = fitted_once(trainer, harness)
     for step, grads in zip(fitted.steps, fitted.grads, strict=True):
         assert any(grad.any() for grad in grads.values()), (
             f"in after_step({step}) there are no gradients: call it before optimizer.zero_grad()"
@@ -73,9 +46,9 @@ def keeps_the_slot(trainer: Trainer, harness: Harness) -> None:
 
 def trains_only_what_is_trainable(trainer: Trainer, harness: Harness) -> None:
     """Parameters without requires_grad stay bit for bit; others change."""
-    fitted = _fitted(trainer, harness)
+    fitted = fitted_once(trainer, harness)
     after = dict(fitted.model.named_parameters())
-    trained = _trained_names(fitted.model)
+    trained = trained_names(fitted.model)
     moved = [name for name in changed(fitted.before, after) if name not in trained]
     assert not moved, f"{moved[:3]} have requires_grad=False and changed: give the optimizer only what is trainable"
     assert changed(fitted.before, after), "no parameter changed: is the learning rate 0?"
@@ -83,15 +56,15 @@ def trains_only_what_is_trainable(trainer: Trainer, harness: Harness) -> None:
 
 def leaves_requires_grad_and_device(trainer: Trainer, harness: Harness) -> None:
     """What is trainable is so afterwards, and the model is where it was."""
-    fitted = _fitted(trainer, harness)
-    assert set(trainable(fitted.model)) == _trained_names(fitted.model), "fit changed requires_grad of parameters"
+    fitted = fitted_once(trainer, harness)
+    assert set(trainable(fitted.model)) == trained_names(fitted.model), "fit changed requires_grad of parameters"
     devices = {parameter.device.type for parameter in fitted.model.parameters()}
     assert devices == {"cpu"}, f"the model was on the CPU, and afterwards is on {sorted(devices)}: use context.device"
 
 
 def logs_finite_numbers(trainer: Trainer, harness: Harness) -> None:
     """At least one line is logged; its numbers are finite and its step is one that was taken."""
-    fitted = _fitted(trainer, harness)
+    fitted = fitted_once(trainer, harness)
     assert fitted.logged, "nothing was logged: call run.log(step, {'loss': ...})"
     for line in fitted.logged:
         assert 1 <= line["step"] <= fitted.planned, f"it logged step {line['step']} of {fitted.planned}"
@@ -101,7 +74,7 @@ def logs_finite_numbers(trainer: Trainer, harness: Harness) -> None:
 
 def is_deterministic(trainer: Trainer, harness: Harness) -> None:
     """The same seed ends with the same parameters."""
-    first, second = _fitted(trainer, harness), _fit(trainer, harness)
+    first, second = fitted_once(trainer, harness), fit(trainer, harness)
     differing = changed(copies(trainable(first.model)), trainable(second.model))
     assert not differing, (
         f"the same seed ended with different {differing[:3]}: order the rows by context.seed, and draw from torch's "
@@ -111,7 +84,7 @@ def is_deterministic(trainer: Trainer, harness: Harness) -> None:
 
 def uses_every_row(trainer: Trainer, harness: Harness) -> None:
     """Every row is learned from, those of the last, smaller batch too."""
-    fitted = _fitted(trainer, harness)
+    fitted = fitted_once(trainer, harness)
     seen = [" " + " ".join(map(str, ids)) + " " for ids in fitted.seen]
     unused = [
         number
@@ -136,7 +109,7 @@ def adds_the_extra_loss_once_a_step(trainer: Trainer, harness: Harness) -> None:
         return weight.sum()
 
     try:
-        fitted = _fit(trainer, harness, extra_loss=extra_loss, probe=weight)
+        fitted = fit(trainer, harness, extra_loss=extra_loss, probe=weight)
     except NotSupported:
         return
     assert len(calls) == fitted.planned, (
@@ -153,7 +126,7 @@ def splits_rows_freely(trainer: Trainer, harness: Harness) -> None:
     if "micro_batch_size" not in {field.name for field in attrs.fields(type(trainer))}:
         raise SkipTest("it has no field micro_batch_size")
     first, second = (
-        _fit(attrs.evolve(trainer, micro_batch_size=size), harness).grads[0]  # type: ignore[call-arg]
+        fit(attrs.evolve(trainer, micro_batch_size=size), harness).grads[0]  # type: ignore[call-arg]
         for size in (1, len(harness.rows))
     )
     away = max(distance(first[name], second[name]) for name in first)
@@ -166,66 +139,7 @@ def splits_rows_freely(trainer: Trainer, harness: Harness) -> None:
 def is_stateless(trainer: Trainer, harness: Harness) -> None:
     """Training leaves it as it was."""
     with unchanged(trainer):
-        _fit(trainer, harness)
-
-
-def _fitted(trainer: Trainer, harness: Harness) -> Fitted:
-    """One `_fit` for all the checks that only look at what happened."""
-    if harness.memory.get("trainer") is not trainer:
-        harness.memory.update(trainer=trainer, fitted=_fit(trainer, harness))
-    found: Fitted = harness.memory["fitted"]
-    return found
-
-
-def _fit(
-    trainer: Trainer,
-    harness: Harness,
-    *,
-    extra_loss: Callable[[nn.Module], Tensor | None] = lambda model: None,
-    probe: nn.Parameter | None = None,
-) -> Fitted:
-    """Train the last layer of the tiny model on all rows, from the same seed each time, and note what happens."""
-    from transformers import set_seed
-
-    model, rows = harness.model(), harness.encoded(trainer)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in _trained_names(model)
-    if probe is not None:
-        model.register_parameter("probe", probe)
-    planned = trainer.planned_steps(len(rows))
-    fitted = Fitted(model=model, planned=planned, before=copies(dict(model.named_parameters())))
-
-    def after_step(given: nn.Module, step: int) -> None:
-        fitted.steps.append(step)
-        fitted.slots.append(copies(trainable(given)))
-        fitted.grads.append(
-            copies({name: value.grad for name, value in trainable(given).items() if value.grad is not None})
-        )
-
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        fitted.seen.extend(inputs[0].tolist())
-
-    hook = model.get_input_embeddings().register_forward_hook(look)
-    set_seed(0)
-    with run_log() as run:
-        fitted.result = trainer.fit(
-            model,
-            harness.codec().tokenizer,
-            rows,
-            after_step=after_step,
-            extra_loss=extra_loss,
-            validate=None,
-            run=run,
-            context=harness.context(steps=planned, directory=run.directory),
-        )
-        fitted.logged = files.history(run.directory)
-    hook.remove()
-    return fitted
-
-
-def _trained_names(model: nn.Module) -> set[str]:
-    """The parameters of the last layer, and what a check added."""
-    return {name for name, _ in model.named_parameters() if ".1." in name or name == "probe"}
+        fit(trainer, harness)
 
 
 def _short(steps: list[int]) -> str:
