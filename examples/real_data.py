@@ -22,7 +22,7 @@ pipeline = tk.Pipeline(
     model=options.shared / "models/stories260k",
     data=tk.InMemory(rows=rows),  # question and answer are recognised
     adapter=tk.LoRA(rank=8),  # every linear layer
-    trainer=tk.SFT(max_steps=100, batch_size=8, learning_rate=1e-2, on_long="drop"),
+    trainer=tk.SFT(max_steps=100, batch_size=4, learning_rate=1e-2, on_long="drop"),
     evaluators=(tk.Perplexity(), tk.TokenAccuracy()),
 )
 print(pipeline.plan(), end="\n\n")

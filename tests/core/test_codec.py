@@ -64,6 +64,13 @@ def test_every_token_is_supervised_when_asked_for():
     assert encoded["input_ids"] == codec.encode({"messages": DIALOGUE})["input_ids"]
 
 
+def test_with_every_token_supervised_text_stays_text_and_there_is_an_end():
+    codec = Codec(tiny_tokenizer(template=NO_END))
+    messages = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "y"}]
+    ids = codec.encode({"messages": messages}, "all")["labels"]
+    assert [at for at, token in enumerate(ids) if token == codec.tokenizer.eos_token_id] == [len(ids) - 1]
+
+
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}], ids=str)
 def test_a_message_that_is_not_to_be_trained_on_is_not(mark):
     codec = Codec(tiny_tokenizer())

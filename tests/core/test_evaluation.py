@@ -115,10 +115,10 @@ def test_exact_match_counts_answers_that_are_the_reference(model, tokenizer, row
     assert first == {"exact_match": 1.0}
 
 
-def test_exact_match_of_plain_texts_is_refused(model, tokenizer):
+def test_exact_match_of_plain_texts_is_refused(tokenizer):
     row = Codec(tokenizer).encode({"text": "once"})
     with pytest.raises(DataError, match="needs rows with a prompt"):
-        ExactMatch().evaluate(model, tokenizer, [row], CONTEXT)
+        ExactMatch().check_data([row])
 
 
 def test_every_module_returns_to_the_mode_it_was_in():

@@ -50,6 +50,7 @@ def finished(tiny_directory, tmp_path_factory):
         ({"data": tk.JsonLines(path="/no/file.jsonl")}, r"JsonLines.path: the file /no/file.jsonl does not exist"),
         ({"validation": 1.0}, r"Pipeline.validation: a share must be in \[0, 1\)"),
         ({"dtype": "float16", "device": "cpu"}, "Pipeline.dtype: float16 does not train on the CPU"),
+        ({"device": "gpu"}, "Pipeline.device: must be 'cpu', 'cuda' or 'cuda:1', got 'gpu'"),
         ({"evaluators": (tk.Perplexity(), tk.Perplexity())}, "two evaluators return 'nll'"),
     ],
 )
@@ -81,6 +82,7 @@ def test_a_part_of_the_wrong_type_is_refused_when_the_pipeline_is_made(tiny_dire
         (tk.InMemory(rows=[{"a": "b"}]), "no known schema has the columns 'a'"),
         (tk.InMemory(rows=[*ROWS, {"prompt": "x"}]), r"row 13: missing \(completion\)"),
         (tk.InMemory(rows=ROWS[:1]), "at least two different rows"),
+        (tk.InMemory(rows=[{"text": f"text {n}"} for n in range(9)]), "ExactMatch needs rows with a prompt"),
     ],
 )
 def test_bad_data_stops_a_run_before_weights_are_loaded_and_leaves_no_directory(
@@ -358,8 +360,23 @@ def test_a_changed_pipeline_cannot_go_on_with_the_run(tiny_directory, tmp_path, 
         with pytest.raises(Stop):
             make(tiny_directory).run(tmp_path / "run")
     changed = make(tiny_directory, adapter=tk.LoRA(rank=8, dropout=0.1), seed=4)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(tk.ConfigError, match=r"recipe.adapter.rank: 4 -> 8; recipe.seed: 0 -> 4"):
         changed.run(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged, "a refused resume changes nothing"
+
+
+def test_changed_rows_cannot_go_on_with_the_run(tiny_directory, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pipeline = make(tiny_directory, data=tk.JsonLines(path=file))
+    with monkeypatch.context() as patch:
+        patch.setattr(tk.LoRA, "after_step", lambda self, model, at: StopsAt(3)(model, at))
+        with pytest.raises(Stop):
+            pipeline.run(tmp_path / "run")
+    file.write_text(file.read_text().replace("repeat 3", "repeat 33"))
+    with pytest.raises(tk.ConfigError, match="the rows are not those that the run"):
+        pipeline.run(tmp_path / "run", resume=True)
 
 
 def test_there_must_be_something_to_resume(tiny_directory, finished, tmp_path):

@@ -70,7 +70,9 @@ class Codec:
             return {"input_ids": ids, "labels": list(ids)}
         messages, tools = example["messages"], example.get("tools")
         if train_on == "all":
-            ids = self._with_bos(self._ids(self._render(messages, tools)))
+            ids = self._with_bos(self._ids(self._render(self._neutral(messages), tools)))
+            if not self._special_ids & set(ids):
+                ids = [*ids, self.tokenizer.eos_token_id]
             return {"input_ids": ids, "labels": list(ids)}
         return self._encode_turns(messages, tools, last_only=train_on == "last")
 

@@ -30,6 +30,12 @@ class Data:
     changed: Mapping[str, int]
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of every token and label in order: a resumed run must have the rows it was started with."""
+        rows = [[list(row["input_ids"]), list(row["labels"])] for row in [*self.train, *self.validation]]
+        return hashlib.sha256(json.dumps([len(self.train), rows]).encode()).hexdigest()
+
+    @property
     def tokens(self) -> int:
         """Tokens in the training rows."""
         return sum(len(row["input_ids"]) for row in self.train)

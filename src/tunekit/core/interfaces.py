@@ -169,6 +169,9 @@ class Evaluator(Component):
     better: ClassVar[Mapping[str, Literal["min", "max"]]]
     """Every metric that `evaluate` returns, and which direction is better."""
 
+    def check_data(self, data: Sequence[Encoded]) -> None:
+        """Raise DataError if these rows cannot be measured; called before any weights are loaded. Default: all can."""
+
     @abstractmethod
     def evaluate(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context

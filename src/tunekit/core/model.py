@@ -40,11 +40,11 @@ class Base:
         path = self._path
         if path.is_dir():
             if not (path / "config.json").is_file():
-                raise ConfigError(f"the directory {path} holds no config.json, so it is no model", "model")
+                raise ConfigError(f"the directory {path} holds no config.json, so it is no model", "Pipeline.model")
         elif path.exists():
-            raise ConfigError(f"{path} is a file; name the model's directory", "model")
+            raise ConfigError(f"{path} is a file; name the model's directory", "Pipeline.model")
         elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.model):
-            raise ConfigError(f"there is no directory {self.model!r}, and a Hub id it cannot be", "model")
+            raise ConfigError(f"there is no directory {self.model!r}, and a Hub id it cannot be", "Pipeline.model")
 
     def model_type(self) -> str:
         """The architecture by transformers' name ("llama"), where it stands in a local directory; else empty."""
@@ -54,7 +54,7 @@ class Base:
         except FileNotFoundError:
             return ""
         except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}", "model") from None
+            raise ConfigError(f"cannot read {path}: {error}", "Pipeline.model") from None
 
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
@@ -114,13 +114,13 @@ class Base:
         """`from_pretrained` of one of transformers' Auto classes, from the directory if there is one, else the Hub."""
         source = str(self._path) if self._path.is_dir() else self.model
         try:
-            with _no_progress_bars():
+            with no_progress_bars():
                 return auto.from_pretrained(
                     source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
                 )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"cannot load {self.model!r}: {reason}", "model") from error
+            raise ConfigError(f"cannot load {self.model!r}: {reason}", "Pipeline.model") from error
 
 
 def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Context) -> PreTrainedModel:
@@ -141,7 +141,7 @@ def choose_device(device: str | None) -> str:
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "device")
+        raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "Pipeline.device")
     return chosen
 
 
@@ -160,7 +160,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Without transformers' own progress bars, which would fight with ours; restored afterwards."""
     from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -110,6 +111,8 @@ class Pipeline:
         context = self._context()
         if not isinstance(self.validation, DataSource) and not 0 <= self.validation < 1:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
+            raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {self.device!r}", "Pipeline.device")
         if self.dtype == "float16" and self.device == "cpu":
             raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
         scheme = context.quantization
@@ -176,7 +179,7 @@ class Pipeline:
         steps = self.trainer.planned_steps(len(data.train))
         context = self._context(device=device, steps=steps, directory=directory)
 
-        resumed = self._resume(directory) if resume else None
+        resumed = self._resume(directory, data) if resume else None
         if resumed is None:
             self._begin(directory, context)
         log = RunLog(directory=directory, observers=told, resumed=resumed)
@@ -199,10 +202,11 @@ class Pipeline:
         base = load_base(self._base, self._quantizer, codec, context)
         evaluate = partial(measure, self.evaluators, tokenizer=codec.tokenizer, rows=data.validation, context=context)
         if log.resumed:
-            base_metrics = files.read_json(log.directory / files.BASE_METRICS)
+            base_metrics = files.read_json(log.directory / files.START)["base_metrics"]
         else:
             base_metrics = evaluate(base)
-            files.write_json(log.directory / files.BASE_METRICS, base_metrics)
+            start = {"base_metrics": base_metrics, "data": data.fingerprint}
+            files.write_json(log.directory / files.START, start)
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
@@ -277,7 +281,11 @@ class Pipeline:
         return Codec(self._base.tokenizer(), self.template)
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
-        return dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed)
+        data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed)
+        if data.validation:
+            for evaluator in self.evaluators:
+                evaluator.check_data(data.validation)
+        return data
 
     def _begin(self, directory: Path, context: Context) -> None:
         """A new run directory with the recipe and the environment in it."""
@@ -287,8 +295,8 @@ class Pipeline:
         environment = files.environment(default_registry(), context.device, context.dtype, self.seed)
         files.write_json(directory / files.ENVIRONMENT, environment)
 
-    def _resume(self, directory: Path) -> Any:
-        """The checkpoint to go on from, if the run in `directory` was made by this very pipeline."""
+    def _resume(self, directory: Path, data: dataset.Data) -> Any:
+        """The checkpoint to go on from, if the run in `directory` was made by this very pipeline from these rows."""
         found = files.reopen(directory)
         written = recipe.read(directory / files.RECIPE)
         changed = recipe.differences(written, self.to_dict())
@@ -297,6 +305,9 @@ class Pipeline:
                 f"the run in {directory} was started by another pipeline; changed: {'; '.join(changed)}",
                 "resume",
             )
+        if files.read_json(directory / files.START)["data"] != data.fingerprint:
+            raise ConfigError(f"the rows are not those that the run in {directory} was started with", "resume")
+        files.forget_after(directory, found.step)
         return found
 
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:

@@ -15,6 +15,7 @@ from tunekit.core.codec import Codec, Message
 from tunekit.core.component import Context
 from tunekit.core.evaluation import generate
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import no_progress_bars
 from tunekit.core.table import table
 from tunekit.errors import ConfigError, RunExists
 
@@ -100,7 +101,8 @@ class Run:
             raise RunExists(f"{directory} is not empty; choose another directory")
         loaded = self._model(tuned=True)
         merged = self._adapter.merge(loaded.model, loaded.context)
-        merged.save_pretrained(directory)
+        with no_progress_bars():
+            merged.save_pretrained(directory)
         loaded.codec.tokenizer.chat_template = loaded.codec.template
         loaded.codec.tokenizer.save_pretrained(directory)
         return directory

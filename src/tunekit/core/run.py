@@ -26,7 +26,7 @@ RECIPE = "recipe.toml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
-BASE_METRICS = "base_metrics.json"
+START = "start.json"
 LOG = "log.txt"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -117,9 +117,7 @@ def reopen(directory: Path) -> Checkpoint:
             f"the run in {directory} is finished; read it with tunekit.open_run({str(directory)!r})",
             "directory",
         )
-    found = checkpoint.newest(directory / CHECKPOINTS)
-    _forget_after(directory / METRICS, found.step)
-    return found
+    return checkpoint.newest(directory / CHECKPOINTS)
 
 
 def environment(registry: Registry, device: str, dtype: str, seed: int) -> dict[str, Any]:
@@ -155,8 +153,9 @@ def history(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _forget_after(metrics: Path, step: int) -> None:
+def forget_after(directory: Path, step: int) -> None:
     """Drop what was logged after `step`: the resumed run logs it again."""
+    metrics = directory / METRICS
     if metrics.exists():
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

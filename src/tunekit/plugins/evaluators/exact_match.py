@@ -36,13 +36,16 @@ class ExactMatch(Evaluator):
     max_new_tokens: int = attrs.field(default=64, validator=at_least(1))
     max_rows: int | None = attrs.field(default=None, validator=at_least(1))
 
+    def check_data(self, data: Sequence[Encoded]) -> None:
+        """DataError if rows are plain texts, which ask nothing."""
+        if not all(prompt for prompt, _ in map(_split, data[: self.max_rows])):
+            raise DataError("ExactMatch needs rows with a prompt and an answer; plain texts have none")
+
     def evaluate(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context
     ) -> Mapping[str, float]:
-        """Exact match over the rows; DataError if they are plain texts, which ask nothing."""
+        """Exact match over the rows."""
         pairs = [_split(row) for row in data[: self.max_rows]]
-        if not all(prompt for prompt, _ in pairs):
-            raise DataError("ExactMatch needs rows with a prompt and an answer; plain texts have none")
         answers = generate(model, tokenizer, [prompt for prompt, _ in pairs], self.max_new_tokens)
         right = sum(
             _words(tokenizer, answer) == _words(tokenizer, reference)

@@ -73,7 +73,7 @@ class SFT(Trainer):
 
     name = "sft"
 
-    epochs: float = attrs.field(default=3, validator=positive)
+    epochs: float = attrs.field(default=3, validator=[positive, between(0, math.inf)])
     max_steps: int | None = attrs.field(default=None, validator=at_least(1))
     learning_rate: float = attrs.field(default=2e-4, validator=positive)
     schedule: Literal["cosine", "linear", "constant", "inverse-sqrt"] = "cosine"
