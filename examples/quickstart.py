@@ -30,7 +30,8 @@ run = pipeline.run(options.run)
 print("\nOn held-out rows, before and after\n")
 print(run)
 
-for example in list(pipeline.data.load("train"))[:2]:
+_, held_out = pipeline.rows()
+for example in held_out[:2]:
     prompt = example["messages"][:-1] if "messages" in example else example["text"][:80]
     print(f"\nasked   {prompt[-1]['content'] if isinstance(prompt, list) else prompt}")
     print(f"base    {run.generate(prompt, max_new_tokens=64, tuned=False)}")

@@ -2,7 +2,7 @@
 
     python scripts/make_orders.py --out src/tunekit/assets/orders.jsonl [--rows 400] [--seed 0]
 
-Each line is `{"prompt": message, "completion": "team: delivery | urgent: yes"}`. The same seed always gives the same bytes.
+Each line is `{"prompt": message, "completion": "team: delivery | urgent: yes"}`. The same seed gives the same bytes.
 """
 
 import argparse

@@ -157,6 +157,13 @@ def test_the_plan_is_what_happens(finished):
     assert sum(line["tokens"] for line in run.history) == 2 * plan.supervised_tokens, "two epochs were logged"
 
 
+def test_the_held_out_rows_can_be_looked_at(finished):
+    pipeline, run = finished
+    train, held_out = pipeline.rows()
+    assert (len(train), len(held_out)) == (run.result["rows"]["train"], run.result["rows"]["validation"])
+    assert not [row for row in held_out if row in train]
+
+
 def test_the_plan_counts_lora_by_its_formula_without_loading_weights(tiny_directory, monkeypatch):
     monkeypatch.setattr("tunekit.core.model.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
     plan = make(tiny_directory).plan()

@@ -67,17 +67,7 @@ def load(
     Raises:
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
-    rows = list(source.load("train"))
-    if not rows:
-        raise DataError("the data has no rows")
-    if isinstance(validation, DataSource):
-        held_out: list[Example] = list(validation.load("train"))
-        if not held_out:
-            raise DataError("the validation data has no rows")
-    elif "validation" in source.splits():
-        held_out = list(source.load("validation"))
-    else:
-        rows, held_out = hold_out(rows, validation, seed)
+    rows, held_out = split(source, validation, seed)
     limit = min((bound for bound in (trainer.max_length, longest) if bound is not None), default=None)
     changed: Counter[str] = Counter()
     return Data(
@@ -85,6 +75,21 @@ def load(
         validation=_encode(held_out, "validation", trainer, codec, limit, changed) if held_out else [],
         changed=dict(changed),
     )
+
+
+def split(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out rows; see `load` for the arguments. DataError if there are none."""
+    rows = list(source.load("train"))
+    if not rows:
+        raise DataError("the data has no rows")
+    if isinstance(validation, DataSource):
+        held_out = list(validation.load("train"))
+        if not held_out:
+            raise DataError("the validation data has no rows")
+        return rows, held_out
+    if "validation" in source.splits():
+        return rows, list(source.load("validation"))
+    return hold_out(rows, validation, seed)
 
 
 def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -17,7 +17,7 @@ from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.evaluation import measure
 from tunekit.core.fields import check_types
-from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Quantizer, Trainer
+from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.model import Base, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
@@ -128,6 +128,10 @@ class Pipeline:
         for component in self._components:
             check_requirements(component)
             component.check(context)
+
+    def rows(self) -> tuple[Sequence[Example], Sequence[Example]]:
+        """The rows a run trains on, and those it holds out."""
+        return dataset.split(self.data, self.validation, self.seed)
 
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
