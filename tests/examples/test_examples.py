@@ -49,7 +49,7 @@ def test_the_quickstart_takes_the_users_own_model_and_data(tiny_directory, tmp_p
         + tk.open_run(tmp_path / "run").result["rows"]["validation"]
         == 8
     )
-    assert "asked   q 0" in shown
+    assert len(re.findall(r"^asked   q \d$", shown, re.MULTILINE)) >= 1
 
 
 @pytest.mark.real

@@ -75,7 +75,7 @@ class SFT(Trainer):
 
     epochs: float = attrs.field(default=3, validator=[positive, between(0, math.inf)])
     max_steps: int | None = attrs.field(default=None, validator=at_least(1))
-    learning_rate: float = attrs.field(default=2e-4, validator=positive)
+    learning_rate: float = attrs.field(default=2e-4, validator=[positive, between(0, math.inf)])
     schedule: Literal["cosine", "linear", "constant", "inverse-sqrt"] = "cosine"
     warmup: float = attrs.field(default=0.03, validator=between(0, 1))
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
