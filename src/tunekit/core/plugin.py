@@ -50,7 +50,11 @@ class Plugins(tuple[Plugin, ...]):
     """The installed plugins; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [[p.name, p.distribution, p.version, p.status, p.error or ", ".join(p.components)] for p in self]
+        rows = []
+        for plugin in self:
+            first, *others = [plugin.error] if plugin.error else plugin.components or [""]
+            rows.append([plugin.name, plugin.distribution, plugin.version, plugin.status, first])
+            rows.extend(["", "", "", "", component] for component in others)
         return table(["plugin", "distribution", "version", "status", "components or error"], rows)
 
 
