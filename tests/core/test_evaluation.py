@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tunekit import Context, DataError, ExactMatch, Perplexity, TokenAccuracy
+from tunekit import Context, DataError, ExactMatch, Perplexity, TokenAccuracy, TrainingError
 from tunekit.core import evaluation
 from tunekit.core.codec import IGNORED, Codec
 from tunekit.core.evaluation import evaluating, generate
@@ -119,6 +119,13 @@ def test_exact_match_of_plain_texts_is_refused(tokenizer):
     row = Codec(tokenizer).encode({"text": "once"})
     with pytest.raises(DataError, match="needs rows with a prompt"):
         ExactMatch().check_data([row])
+
+
+def test_a_metric_that_is_not_finite_is_refused(tokenizer, rows):
+    broken = tiny_model()
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="on the validation rows is nan"):
+        evaluation.measure([Perplexity()], broken, tokenizer, rows, CONTEXT)
 
 
 def test_every_module_returns_to_the_mode_it_was_in():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from tunekit.core.batching import chunks, collate, lengths
 from tunekit.core.codec import IGNORED
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,12 +43,15 @@ def measure(
     rows: Sequence[Encoded],
     context: Context,
 ) -> dict[str, float]:
-    """All metrics of all evaluators on `rows`; none where there are no rows."""
+    """All metrics of all evaluators on `rows`; none without rows. TrainingError for one that is not finite."""
     metrics: dict[str, float] = {}
     if rows:
         with evaluating(model):
             for evaluator in evaluators:
                 metrics |= evaluator.evaluate(model, tokenizer, rows, context)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"{name} on the validation rows is {value}: the model's output is broken")
     return metrics
 
 

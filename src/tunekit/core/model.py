@@ -146,7 +146,12 @@ def choose_device(device: str | None) -> str:
 
 
 def choose_dtype(dtype: str | None, device: str) -> str:
-    """The dtype of the base weights: the user's, else bfloat16 on CUDA and float32 on the CPU."""
+    """The dtype of the base weights: the user's, else bfloat16 on CUDA and float32 on the CPU.
+
+    Raises ConfigError for float16 on the CPU, which has no arithmetic for it to train with.
+    """
+    if dtype == "float16" and device == "cpu":
+        raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
     return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from tunekit.core import checkpoint
 from tunekit.core.checkpoint import Checkpoint
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
-from tunekit.errors import ConfigError, RunExists
+from tunekit.errors import ConfigError, RunExists, TrainingError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +52,13 @@ class RunLog:
     method_state: Callable[[], Mapping[str, Any]] = dict
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append `metrics` of `step` (0: before the first) to `metrics.jsonl` and tell the observers."""
+        """Append `metrics` of `step` (0: before the first) to `metrics.jsonl` and tell the observers.
+
+        Raises TrainingError for a figure that is not finite.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"step {step}: {name} is {value}")
         line = json.dumps({"step": step, **metrics}, allow_nan=False)
         with (self.directory / METRICS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
