@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ import attrs
 from tunekit.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from tunekit.core.run import RunLog
@@ -35,6 +38,20 @@ class _Bar:
 
 
 @attrs.define
+class _NotebookBar:
+    """A bar in the output of a notebook's cell; plain HTML, so that it needs no widgets."""
+
+    steps: int
+    handle: DisplayHandle
+
+    def show(self, step: int, text: str) -> None:
+        self.handle.update(_html(self.steps, step, text))
+
+    def close(self) -> None:
+        """The finished bar stays in the notebook."""
+
+
+@attrs.define
 class _Lines:
     """About ten lines for the whole run, for logs and pipes."""
 
@@ -48,13 +65,19 @@ class _Lines:
         """Nothing is left open."""
 
 
-_shown: WeakKeyDictionary[RunLog, _Bar | _Lines] = WeakKeyDictionary()
+_shown: WeakKeyDictionary[RunLog, _Bar | _NotebookBar | _Lines] = WeakKeyDictionary()
 
 
 @hookimpl
 def tunekit_run_started(run: RunLog, steps: int) -> None:
     """Open the bar."""
-    _shown[run] = _bar(steps) or _Lines(steps)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        _shown[run] = _notebook_bar(steps)
+    else:
+        _shown[run] = _bar(console, steps) if console.is_terminal else _Lines(steps)
 
 
 @hookimpl
@@ -70,15 +93,22 @@ def tunekit_run_finished(run: RunLog) -> None:
     _shown.pop(run).close()
 
 
-def _bar(steps: int) -> _Bar | None:
-    """A bar, where there is a terminal or a notebook to draw it in."""
-    from rich.console import Console
+def _bar(console: Console, steps: int) -> _Bar:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
-        return None
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
     progress = Progress(*columns, console=console)
     progress.start()
     return _Bar(progress, progress.add_task("training", total=steps, metrics=""))
+
+
+def _notebook_bar(steps: int) -> _NotebookBar:
+    from IPython.display import display
+
+    return _NotebookBar(steps, display(_html(steps, 0, ""), display_id=True))
+
+
+def _html(steps: int, step: int, text: str) -> object:
+    from IPython.display import HTML
+
+    return HTML(f'<progress value="{step}" max="{steps}"></progress> {step}/{steps} <code>{html.escape(text)}</code>')

@@ -1,0 +1,57 @@
+"""A run is shown where it runs: a bar in a terminal and in a notebook, a few plain lines elsewhere."""
+
+import sys
+import types
+
+import pytest
+
+from tunekit.core.observers import Observers
+from tunekit.core.registry import Registry
+from tunekit.core.run import RunLog
+
+
+def show(directory, steps):
+    """Tell the observers of a whole run, a log line for each step."""
+    observers = Observers(Registry())
+    run = RunLog(directory=directory, observers=observers)
+    observers.emit("tunekit_run_started", run=run, steps=steps)
+    for step in range(1, steps + 1):
+        run.log(step, {"loss": 1 / step})
+    observers.emit("tunekit_run_finished", run=run, error=None)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 250])
+def test_a_pipe_gets_about_ten_plain_lines_and_the_last_step(tmp_path, capsys, steps):
+    show(tmp_path, steps)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 11
+    assert lines[-1] == f"step {steps}/{steps}  loss {1 / steps:.4g}"
+
+
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show(tmp_path, 20)
+    shown = capsys.readouterr().err
+    assert "20/20" in shown
+    assert "loss 0.05" in shown
+
+
+def test_a_notebook_gets_a_bar_without_widgets(tmp_path, capsys, monkeypatch):
+    shown = []
+
+    class Handle:
+        def update(self, content):
+            shown.append(content)
+
+    def display(content, display_id):
+        shown.append(content)
+        return Handle()
+
+    fake = types.SimpleNamespace(display=display, HTML=str)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=fake))
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    show(tmp_path, 2)
+    assert [content[:32] for content in shown] == [f'<progress value="{step}" max="2"></' for step in range(3)]
+    assert "loss 0.5" in shown[-1]
+    assert capsys.readouterr().err == ""
