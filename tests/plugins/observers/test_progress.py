@@ -52,6 +52,6 @@ def test_a_notebook_gets_a_bar_without_widgets(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     show(tmp_path, 2)
-    assert [content[:32] for content in shown] == [f'<progress value="{step}" max="2"></' for step in range(3)]
+    assert [content.split(">")[0] for content in shown] == [f'<progress value="{n}" max="2"' for n in range(3)]
     assert "loss 0.5" in shown[-1]
     assert capsys.readouterr().err == ""
