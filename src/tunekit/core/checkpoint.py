@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Mapping
@@ -88,13 +89,16 @@ def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]
 
 
 def newest(directory: Path) -> Checkpoint:
-    """The newest whole checkpoint under `directory`; ConfigError if there is none."""
+    """The newest whole checkpoint under `directory`; ConfigError if there is none, TrainingError if it holds code."""
     import torch
 
     for place in sorted(directory.glob("step-*"), reverse=True):
         if is_whole(place):
             manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-            state = torch.load(place / STATE, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(place / STATE, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise TrainingError(f"{place / STATE} holds more than plain values and tensors: {error}") from None
             return Checkpoint(directory=place, step=manifest["step"], state=state)
     raise ConfigError(f"there is no checkpoint to resume from in {directory}; start anew in another directory")
 
