@@ -174,6 +174,27 @@ def test_the_plan_counts_lora_by_its_formula_without_loading_weights(tiny_direct
     assert f"{plan.trainable_parameters:,} of {plan.total_parameters:,}" in text
 
 
+def test_a_learning_rate_that_is_left_open_is_the_methods_own_in_the_plan_and_in_the_run(tiny_directory, tmp_path):
+    @attrs.frozen(kw_only=True)
+    class Slow(tk.LoRA):
+        """LoRA with a learning rate of its own."""
+
+        name = "slow"
+        learning_rate = 7e-5
+
+    for adapter, learning_rate, expected in ((tk.LoRA(), None, 2e-4), (Slow(), None, 7e-5), (Slow(), 0.5, 0.5)):
+        sft = tk.SFT(max_steps=1, warmup=0, learning_rate=learning_rate)
+        stated = {"learning_rate": learning_rate} if learning_rate else {}
+        theirs = tk.Transformers(arguments={"max_steps": 1, "lr_scheduler_type": "constant", **stated})
+        for trainer in (sft, theirs):
+            pipeline = make(tiny_directory, adapter=adapter, trainer=trainer, evaluators=())
+            assert pipeline.plan().learning_rate == expected
+            shown = [line.split() for line in str(pipeline.plan()).splitlines()]
+            assert ["learning", "rate", f"{expected:g}", "at", "most"] in shown
+            run = pipeline.run(tmp_path / f"{adapter.name}-{trainer.name}-{expected}")
+            assert run.history[0]["learning_rate"] == expected
+
+
 # What it writes ------------------------------------------------------------------------------------------------------
 
 

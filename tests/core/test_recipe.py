@@ -66,7 +66,7 @@ ERRORS = [
     ({"data": {"use": "json-lines"}}, "recipe.data.path: missing; it is required and of type str"),
     ({"data": {"use": "json-lines", "path": 5}}, "recipe.data.path: expected str, got int 5"),
     ({"data": {**DATA, "columns": {"text": 5}}}, "recipe.data.columns: expected Mapping[str, str] or None"),
-    ({"trainer": {"use": "sft", "learning_rate": "2e-4"}}, "recipe.trainer.learning_rate: expected float, got str '2e-4'"),
+    ({"trainer": {"use": "sft", "learning_rate": "2e-4"}}, "recipe.trainer.learning_rate: expected float or None, got str '2e-4'"),
 ]  # fmt: skip
 
 
@@ -253,7 +253,7 @@ SFT = st.builds(
     tk.SFT,
     epochs=POSITIVE,
     max_steps=st.none() | st.integers(1),
-    learning_rate=POSITIVE,
+    learning_rate=st.none() | POSITIVE,
     schedule=st.sampled_from(["cosine", "linear", "constant", "inverse-sqrt"]),
     warmup=SHARE,
     micro_batch_size=st.just("auto") | st.integers(1),

@@ -25,6 +25,7 @@ class Context:
         dtype: the dtype of the base weights, by torch's name ("float32", "bfloat16"); empty while not chosen.
         quantization: the scheme in force ("nf4", "int8"), None for a base that is not quantized.
         total_steps: planned optimizer steps; 0 while unknown (no data read yet).
+        learning_rate: the adapter method's own, for a trainer whose user leaves it open.
         run_directory: where the run writes; None outside of a run.
     """
 
@@ -35,6 +36,7 @@ class Context:
     dtype: str = ""
     quantization: str | None = None
     total_steps: int = 0
+    learning_rate: float = 2e-4
     run_directory: Path | None = None
 
 

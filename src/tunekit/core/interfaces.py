@@ -66,6 +66,8 @@ class AdapterMethod(Component):
     kind: ClassVar[Literal["adapter"]] = "adapter"
     supports: ClassVar[frozenset[str]] = frozenset()
     """Quantization schemes it can train on; checked before anything is loaded."""
+    learning_rate: ClassVar[float] = 2e-4
+    """A good peak learning rate for it with AdamW; used where the trainer leaves its own open."""
 
     def default_quantizer(self) -> Quantizer | None:
         """The quantizer used when the pipeline names none. Default: no quantization."""
@@ -129,6 +131,10 @@ class Trainer(Component):
     @abstractmethod
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps that `fit` takes on `rows` training rows, exactly."""
+
+    def peak_learning_rate(self, context: Context) -> float | None:
+        """The highest learning rate of a run with these facts, for the plan to show. Default: None, not known."""
+        return None
 
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Turn one row into tokens and labels. Default: supervised fine-tuning on what the assistant says."""

@@ -142,12 +142,14 @@ class Pipeline:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         model = self._base.empty()
-        trained = self.adapter.attach(model, self._context(device=device, dtype=dtype, steps=steps))
+        context = self._context(device=device, dtype=dtype, steps=steps)
+        trained = self.adapter.attach(model, context)
         trainable, total = count_parameters(trained)
         return Plan(
             rows=len(data.train),
             validation_rows=len(data.validation),
             steps=steps,
+            learning_rate=self.trainer.peak_learning_rate(context),
             tokens=data.tokens,
             supervised_tokens=data.supervised_tokens,
             longest=max(len(row["input_ids"]) for row in data.train),
@@ -278,6 +280,7 @@ class Pipeline:
             dtype=dtype or (choose_dtype(self.dtype, device) if device else self.dtype or ""),
             quantization=self._quantizer.scheme if self._quantizer else None,
             total_steps=steps,
+            learning_rate=self.adapter.learning_rate,
             run_directory=directory,
         )
 

@@ -19,6 +19,7 @@ class Plan:
         rows: training rows.
         validation_rows: held-out rows.
         steps: optimizer steps.
+        learning_rate: the highest, the method's own where the trainer leaves it open; None if the trainer does not say.
         tokens: tokens in one pass over the training rows.
         supervised_tokens: those of them that carry loss.
         longest: tokens of the longest training row.
@@ -31,6 +32,7 @@ class Plan:
     rows: int
     validation_rows: int
     steps: int
+    learning_rate: float | None
     tokens: int
     supervised_tokens: int
     longest: int
@@ -48,6 +50,7 @@ class Plan:
                 f"{self.validation_rows:,}" if self.validation_rows else "none: nothing is evaluated",
             ],
             ["optimizer steps", f"{self.steps:,}"],
+            ["learning rate", "the trainer's own" if self.learning_rate is None else f"{self.learning_rate:g} at most"],
             ["tokens in one pass", f"{self.tokens:,}, the longest row {self.longest:,}"],
             ["supervised tokens", f"{self.supervised_tokens:,} ({self.supervised_tokens / self.tokens:.1%})"],
             [

@@ -178,7 +178,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, optimizer):
 
 
 def test_matrices_decay_and_vectors_do_not():
-    groups = SFT(weight_decay=0.1)._optimizer(tiny_model("gpt2")).param_groups
+    groups = SFT(weight_decay=0.1)._optimizer(tiny_model("gpt2"), 1e-3).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(parameter.dim() >= 2 for parameter in groups[0]["params"])
     assert all(parameter.dim() < 2 for parameter in groups[1]["params"])

@@ -53,7 +53,7 @@ class SFT(Trainer):
     Args:
         epochs: passes over the training rows; ignored where max_steps is given.
         max_steps: optimizer steps; None lets epochs decide.
-        learning_rate: the highest, reached after the warm-up.
+        learning_rate: the highest, reached after the warm-up; None takes the adapter method's own.
         schedule: how the learning rate falls: "cosine", "linear", "constant" or "inverse-sqrt".
         warmup: share of the steps over which the learning rate rises from 0.
         optimizer: "adamw", "adamw-8bit" (bitsandbytes), "adafactor" or "sgd".
@@ -75,7 +75,7 @@ class SFT(Trainer):
 
     epochs: float = attrs.field(default=3, validator=[positive, between(0, math.inf)])
     max_steps: int | None = attrs.field(default=None, validator=at_least(1))
-    learning_rate: float = attrs.field(default=2e-4, validator=[positive, between(0, math.inf)])
+    learning_rate: float | None = attrs.field(default=None, validator=[positive, between(0, math.inf)])
     schedule: Literal["cosine", "linear", "constant", "inverse-sqrt"] = "cosine"
     warmup: float = attrs.field(default=0.03, validator=between(0, 1))
     optimizer: Literal["adamw", "adamw-8bit", "adafactor", "sgd"] = "adamw"
@@ -102,6 +102,10 @@ class SFT(Trainer):
         """Optimizer steps on `rows` rows: max_steps, or whole epochs, the last step of each taking what is left."""
         return self.max_steps or max(1, math.ceil(self.epochs * batching.steps_per_epoch(rows, self.batch_size)))
 
+    def peak_learning_rate(self, context: Context) -> float:
+        """The user's learning rate, else the adapter method's."""
+        return context.learning_rate if self.learning_rate is None else self.learning_rate
+
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Tokens of a row, with labels on what `train_on` names."""
         return codec.encode(example, self.train_on)
@@ -124,7 +128,7 @@ class SFT(Trainer):
         steps = self.planned_steps(len(train))
         save_every = self.save_every or batching.steps_per_epoch(len(train), self.batch_size)
         accelerator = Accelerator(cpu=context.device == "cpu", device_placement=False)
-        optimizer = self._optimizer(model)
+        optimizer = self._optimizer(model, self.peak_learning_rate(context))
         schedule = self._schedule(optimizer, steps)
         first = 1
         if run.resumed:
@@ -176,7 +180,7 @@ class SFT(Trainer):
         groups = batching.chunks(batching.lengths(rows), tokens, None if auto else int(self.micro_batch_size))
         return [[rows[at] for at in group] for group in groups]
 
-    def _optimizer(self, model: nn.Module) -> Optimizer:
+    def _optimizer(self, model: nn.Module, learning_rate: float) -> Optimizer:
         module, _, name = OPTIMIZERS[self.optimizer].partition(":")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
@@ -184,7 +188,7 @@ class SFT(Trainer):
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
         make = getattr(importlib.import_module(module), name)
-        return make([group for group in groups if group["params"]], lr=self.learning_rate)
+        return make([group for group in groups if group["params"]], lr=learning_rate)
 
     def _schedule(self, optimizer: Optimizer, steps: int) -> Any:
         from transformers import get_scheduler

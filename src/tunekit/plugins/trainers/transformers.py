@@ -34,7 +34,8 @@ class Transformers(Trainer):
     (`save_strategy`); a run cannot be resumed by `resume=True`. https://huggingface.co/docs/transformers/main_classes/trainer
 
     Args:
-        arguments: fields of `transformers.TrainingArguments` by name; the learning rate defaults to 2e-4.
+        arguments: fields of `transformers.TrainingArguments` by name; the learning rate defaults to the
+            adapter method's own.
         callbacks: `transformers.TrainerCallback` objects; being Python objects, they are no part of a saved recipe.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
@@ -57,6 +58,10 @@ class Transformers(Trainer):
             micro_steps = rows // arguments.per_device_train_batch_size
         per_epoch = batching.steps_per_epoch(micro_steps, arguments.gradient_accumulation_steps)
         return int(-(-arguments.num_train_epochs * per_epoch // 1))
+
+    def peak_learning_rate(self, context: Context) -> float:
+        """The learning rate among the arguments, else the adapter method's."""
+        return float(self.arguments.get("learning_rate", context.learning_rate))
 
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Tokens of a row, with labels on what `train_on` names."""
@@ -102,12 +107,11 @@ class Transformers(Trainer):
                 raise ConfigError("is set by the pipeline", f"Transformers.arguments.{name}")
             if name not in known:
                 raise ConfigError(f"unknown field{did_you_mean(name, known)}", f"Transformers.arguments.{name}")
-        defaults = {"learning_rate": 2e-4, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
-        ours = (
-            {"output_dir": output, "seed": context.seed, "use_cpu": context.device == "cpu"}
-            if context
-            else {"output_dir": output}
-        )
+        defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1}
+        ours: dict[str, Any] = {"output_dir": output}
+        if context:
+            defaults["learning_rate"] = self.peak_learning_rate(context)
+            ours |= {"seed": context.seed, "use_cpu": context.device == "cpu"}
         # Rows must keep their labels, and a step's loss is to be the mean over its tokens, not over its batches.
         return TrainingArguments(**{**defaults, **self.arguments, **ours, "remove_unused_columns": False})
 
