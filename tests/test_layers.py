@@ -32,6 +32,8 @@ ORDER = [
     "core.dataset",
     # the model and what is done with it
     "core.model",
+    "core.targets",
+    "core.trained_tensors",
     "core.peft_method",
     "core.evaluation",
     # one run

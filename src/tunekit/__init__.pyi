@@ -35,6 +35,11 @@ from .errors import RunExists as RunExists
 from .errors import TrainingError as TrainingError
 from .errors import TunekitError as TunekitError
 from .errors import UnknownComponent as UnknownComponent
+from .plugins.adapters.full import Full as Full
+from .plugins.adapters.ia3 import IA3 as IA3
+from .plugins.adapters.last_layers import LastLayers as LastLayers
+from .plugins.adapters.loha import LoHa as LoHa
+from .plugins.adapters.lokr import LoKr as LoKr
 from .plugins.adapters.lora import LoRA as LoRA
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
 from .plugins.evaluators.perplexity import Perplexity as Perplexity

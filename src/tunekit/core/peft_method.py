@@ -8,8 +8,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from tunekit.core import targets
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.errors import ConfigError, NotSupported
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 class PeftMethod(AdapterMethod):
     """An adapter method of PEFT: attaching, saving in PEFT's own file layout, loading and merging are done here.
 
-    A subclass gives `peft_config(context)`: a fresh configuration each time, since PEFT writes into it.
+    A subclass gives `peft_config(context)`: a fresh configuration each time, since PEFT writes into it. Its
+    `target_modules` may be what `targets` of the built-in methods may be; `attach` finds the modules they stand for.
     """
+
+    adapts_conv1d: ClassVar[bool] = True
+    """Whether it can adapt the Conv1D layers of GPT-2, whose weights stand transposed."""
 
     @abstractmethod
     def peft_config(self, context: Context) -> PeftConfig:
@@ -35,6 +40,8 @@ class PeftMethod(AdapterMethod):
         from peft import get_peft_model
 
         config = self.peft_config(context)
+        if getattr(config, "target_modules", None) is not None:
+            self.place(config, model)
         try:
             with _quiet():
                 wrapped = get_peft_model(model, config)
@@ -43,6 +50,32 @@ class PeftMethod(AdapterMethod):
         # PEFT notes the path the base was loaded from; the user's own name for it holds on other machines too.
         config.base_model_name_or_path = context.model_id
         return wrapped
+
+    def place(self, config: PeftConfig, model: PreTrainedModel) -> None:
+        """Put the names of the modules of `model` that are to be adapted into `config`, for PEFT to find exactly them.
+
+        Raises:
+            ConfigError: a target matches nothing, cannot be adapted by this method, or could not be merged.
+        """
+        where = f"{type(self).__name__}.targets"
+        names = targets.select(model, config.target_modules, where)
+        if layers := getattr(config, "layers_to_transform", None):
+            names = targets.of_layers(names, layers, f"{type(self).__name__}.layers")
+            config.layers_to_transform = None  # PEFT does not apply it to full names
+        transposed = [name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"]
+        if transposed and not self.adapts_conv1d:
+            raise ConfigError(f"{self.name} cannot adapt the Conv1D layer {transposed[0]}; LoRA and IA3 can", where)
+        whole = getattr(config, "modules_to_save", None) or []
+        if whole:  # PEFT passes over a name that is not there
+            targets.select(model, whole, f"{type(self).__name__}.trained_modules")
+        for name in targets.tied(model):
+            if name in names or any(targets.ends_with(name, module) for module in whole):
+                raise ConfigError(
+                    f"{name} shares its weight with the other end of the model (tie_word_embeddings): adapting one end "
+                    "alone would be undone or doubled when it is merged or loaded; leave it out",
+                    where,
+                )
+        config.target_modules = targets.shorten(names, model)
 
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained` reads them."""

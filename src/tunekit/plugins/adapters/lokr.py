@@ -1,0 +1,70 @@
+"""LoKr: low-rank Kronecker product adaptation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tunekit.core.component import Context
+from tunekit.core.fields import at_least, between
+from tunekit.core.peft_method import PeftMethod
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@attrs.frozen(kw_only=True)
+class LoKr(PeftMethod):
+    """Low-rank Kronecker product: each chosen weight W becomes W + (alpha / rank) * kron(C, B @ A).
+
+    out_features is split into o1 * o2 and in_features into i1 * i2. C has shape (o1, i1) and starts at zero, so the
+    model starts as its base; A has shape (rank, i2), B (o2, rank): o1 * i1 + rank * (o2 + i2) parameters a weight, a
+    hundredth of LoRA's. The rank of the update is that of C times that of B @ A. Where the rank is not below half of
+    the larger of o2 and i2, one full matrix (o2, i2) stands in for B @ A, and a higher rank changes nothing:
+    `effective_rank` says so. It is made in full, (out_features, in_features), in every forward pass.
+    Yeh et al. 2024 (LyCORIS), https://arxiv.org/abs/2309.14859; Edalati et al. 2022 (KronA),
+    https://arxiv.org/abs/2212.10650.
+
+    Args:
+        rank: rank of the second factor B @ A.
+        alpha: scale of the update, divided by the rank; None means the rank.
+        dropout: probability of dropping a row of the update, the part of one output feature, while training; the
+            other rows grow, so that the mean stays.
+        targets: "all-linear" (every linear layer but the output head), "attention", "mlp", names of modules, or a
+            regular expression for the whole name of linear layers; not GPT-2's Conv1D layers.
+        factor: what o1 and i1 are, or come near to from below where it does not divide; None for as near to the
+            square root as can be, which gives the fewest parameters.
+    """
+
+    name = "lokr"
+    adapts_conv1d = False
+    learning_rate = 2e-3
+
+    rank: int = attrs.field(default=8, validator=at_least(1))
+    alpha: float | None = attrs.field(default=None, validator=at_least(0))
+    dropout: float = attrs.field(default=0.0, validator=between(0, 1))
+    targets: str | tuple[str, ...] = "all-linear"
+    factor: int | None = attrs.field(default=None, validator=at_least(1))
+
+    def peft_config(self, context: Context) -> PeftConfig:
+        """PEFT's LoKrConfig; without `module_dropout`, which fails when it drops every module of a step."""
+        from peft import LoKrConfig
+
+        return LoKrConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            alpha=self.rank if self.alpha is None else self.alpha,
+            rank_dropout=self.dropout,
+            rank_dropout_scale=True,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            decompose_factor=-1 if self.factor is None else self.factor,
+        )
+
+    def effective_rank(self, in_features: int, out_features: int) -> int:
+        """The largest rank that the second factor can have in a layer of this shape, which `rank` need not be."""
+        from peft.tuners.lokr.layer import factorization
+
+        factor = -1 if self.factor is None else self.factor
+        sides: list[int] = [factorization(features, factor)[1] for features in (in_features, out_features)]
+        return min(self.rank, *sides) if self.rank < max(sides) / 2 else min(sides)
