@@ -19,6 +19,7 @@ ADAPTERS = (
     tk.LoKr(rank=2, dropout=0.1),
     tk.Full(),
     tk.LastLayers(count=1),
+    tk.AdaLoRA(initial_rank=6, target_rank=2, interval=2),
 )
 TRAINERS = (
     tk.SFT(epochs=2, batch_size=4),

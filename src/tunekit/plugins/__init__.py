@@ -19,6 +19,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("adapter", "lokr", "tunekit.plugins.adapters.lokr:LoKr"),
     Lazy("adapter", "full", "tunekit.plugins.adapters.full:Full"),
     Lazy("adapter", "last-layers", "tunekit.plugins.adapters.last_layers:LastLayers"),
+    Lazy("adapter", "adalora", "tunekit.plugins.adapters.adalora:AdaLoRA"),
     Lazy("trainer", "sft", "tunekit.plugins.trainers.sft:SFT"),
     Lazy("trainer", "transformers", "tunekit.plugins.trainers.transformers:Transformers"),
     Lazy("evaluator", "perplexity", "tunekit.plugins.evaluators.perplexity:Perplexity"),

@@ -110,13 +110,13 @@ def scratch() -> Iterator[Path]:
         yield Path(directory)
 
 
-def attached(adapter: AdapterMethod, harness: Harness) -> nn.Module:
-    """The method on a fresh base, from the same seed each time."""
+def attached(adapter: AdapterMethod, harness: Harness, steps: int = STEPS) -> nn.Module:
+    """The method on a fresh base, from the same seed each time, with so many steps planned."""
     import torch
 
     model = harness.model()
     torch.manual_seed(0)
-    return adapter.attach(model, harness.context())
+    return adapter.attach(model, harness.context(steps))
 
 
 _NO_PLUGINS = {"TUNEKIT_DISABLE_PLUGINS": "*"}

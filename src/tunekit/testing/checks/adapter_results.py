@@ -95,8 +95,8 @@ def merges(adapter: AdapterMethod, harness: Harness) -> None:
 
 
 def _trained(adapter: AdapterMethod, harness: Harness) -> nn.Module:
-    """The same, after three steps that must have changed what it predicts."""
-    model, batch = attached(adapter, harness), harness.batch()
+    """The same, after three steps, all that are planned; they must have changed what it predicts."""
+    model, batch = attached(adapter, harness, steps=3), harness.batch()
     before = logits(model, batch)
     train(adapter, model, batch, 3)
     assert distance(logits(model, batch), before) > 1e-4, "three steps change nothing: see the check `learns`"
