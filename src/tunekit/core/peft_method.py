@@ -40,7 +40,7 @@ class PeftMethod(AdapterMethod):
         from peft import get_peft_model
 
         config = self.peft_config(context)
-        if getattr(config, "target_modules", None) is not None:
+        if hasattr(config, "target_modules"):
             self.place(config, model)
         try:
             with _quiet():
@@ -54,9 +54,13 @@ class PeftMethod(AdapterMethod):
     def place(self, config: PeftConfig, model: PreTrainedModel) -> None:
         """Put the names of the modules of `model` that are to be adapted into `config`, for PEFT to find exactly them.
 
+        Where `config` names none, those that PEFT lists for the architecture are left to it.
+
         Raises:
             ConfigError: a target matches nothing, cannot be adapted by this method, or could not be merged.
         """
+        if config.target_modules is None:
+            return
         where = f"{type(self).__name__}.targets"
         names = targets.select(model, config.target_modules, where)
         if layers := getattr(config, "layers_to_transform", None):

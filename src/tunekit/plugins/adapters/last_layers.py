@@ -24,8 +24,7 @@ class LastLayers(AdapterMethod):
     """Train the last decoder layers whole; embeddings, the layers before, the final norm and the head stay frozen.
 
     Trained parameters: `count` times those of a layer. No gradient goes back further than the first trained layer,
-    which saves time and memory. Weights are trained in the pipeline's dtype, so prefer "float32", and a small learning rate
-    suits, as in full fine-tuning. Lee et al. 2019, https://arxiv.org/abs/1911.03090.
+    which saves time and memory. Weights are trained in the pipeline's dtype, so prefer "float32". Lee et al. 2019, https://arxiv.org/abs/1911.03090.
 
     Args:
         count: how many layers are trained, counted from the last.

@@ -1,0 +1,304 @@
+"""Parameter counts that others published, to the last digit, on models of the real shapes without their weights.
+
+Each case cites who printed the number. Where transformers ties weights today that it did not tie then, only the trained
+parameters are compared.
+"""
+
+import functools
+
+import pytest
+
+import tunekit as tk
+from tunekit.core.plan import count_parameters
+
+QV, EVERY = ("q_proj", "v_proj"), "all-linear"
+LLAMA_2_7B = (
+    "Llama",
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+)
+GROUPED = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_3_8B = ("Llama", GROUPED | {"vocab_size": 128256})
+MISTRAL_1 = ("Mistral", GROUPED | {"vocab_size": 32000})
+MISTRAL_3 = ("Mistral", GROUPED | {"vocab_size": 32768})
+QWEN_HALF = (
+    "Qwen2",
+    {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+)
+QWEN_3B = (
+    "Qwen2",
+    {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+)
+QWEN_7B = (
+    "Qwen2",
+    {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+)
+PHI = (
+    "Phi",
+    {
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+    },
+)
+OPT_350M = (
+    "OPT",
+    {
+        "vocab_size": 50272,
+        "hidden_size": 1024,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "word_embed_proj_dim": 512,
+        "do_layer_norm_before": False,
+    },
+)
+GPT_3 = (
+    "OPT",
+    {
+        "hidden_size": 12288,
+        "ffn_dim": 49152,
+        "num_hidden_layers": 96,
+        "num_attention_heads": 96,
+        "word_embed_proj_dim": 12288,
+    },
+)
+GPT_2 = ("GPT2", {})
+ROBERTA = ("Roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1})
+ROBERTA_LARGE = (
+    "Roberta",
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+)
+DEBERTA_XXL = (
+    "DebertaV2",
+    {
+        "vocab_size": 128100,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 24,
+    },
+)
+VIT = ("ViT", {"num_labels": 101})
+BERT = ("Bert", {"vocab_size": 28996, "num_labels": 2})
+MT0_LARGE = (
+    "MT5",
+    {
+        "vocab_size": 250112,
+        "d_model": 1024,
+        "d_kv": 64,
+        "d_ff": 2816,
+        "num_layers": 24,
+        "num_heads": 16,
+        "feed_forward_proj": "gated-gelu",
+    },
+)
+T0_3B = (
+    "T5",
+    {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu"},
+)
+T0_11B = (
+    "T5",
+    {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
+)
+TASKS = {
+    "Roberta": "MaskedLM",
+    "DebertaV2": "MaskedLM",
+    "ViT": "ImageClassification",
+    "Bert": "SequenceClassification",
+    "MT5": "ConditionalGeneration",
+    "T5": "ConditionalGeneration",
+}
+
+PUBLISHED = {
+    "torchtune docs, lora_finetune.rst; litgpt resource-tables: Llama-2-7B": (
+        LLAMA_2_7B,
+        tk.LoRA(rank=8, targets=QV),
+        4_194_304,
+        6_742_609_920,
+    ),
+    "litgpt resource-tables: phi-1.5": (PHI, tk.LoRA(rank=8, targets=QV), 1_572_864, None),
+    "mistral-finetune tutorial log: Mistral-7B-v0.3": (
+        MISTRAL_3,
+        tk.LoRA(rank=64, targets=EVERY),
+        167_772_160,
+        7_415_795_712,
+    ),
+    "LLaMA-Factory training logs: Llama-3-8B": (LLAMA_3_8B, tk.LoRA(rank=8, targets=EVERY), 20_971_520, 8_051_232_768),
+    "PEFT README: Qwen2.5-3B": (QWEN_3B, tk.LoRA(rank=16, targets=QV), 3_686_400, 3_089_625_088),
+    "PEFT peft_model_config.md: opt-350m": (OPT_350M, tk.LoRA(rank=16, targets=QV), 1_572_864, 332_769_280),
+    "PEFT QDoRA notebook: Llama-3-8B": (
+        LLAMA_3_8B,
+        tk.LoRA(rank=8, targets=EVERY, variant="dora"),
+        22_347_776,
+        8_052_609_024,
+    ),
+    "PEFT peft_ia3_seq2seq: mt0-large": (MT0_LARGE, tk.IA3(), 282_624, 973_749_248),
+    "PEFT README up to 0.9: mt0-large": (MT0_LARGE, tk.LoRA(rank=8, targets=("q", "v")), 2_359_296, None),
+    "T-Few, arXiv 2205.05638: T0-3B": (T0_3B, tk.IA3(), 540_672, None),
+    "T-Few, arXiv 2205.05638, 4.2 MB: T0-11B": (T0_11B, tk.IA3(), 1_081_344, None),
+    "LoRA, arXiv 2106.09685, 4.7M: GPT-3": (GPT_3, tk.LoRA(rank=1, targets=QV), 4_718_592, None),
+    "LoRA, arXiv 2106.09685, 37.7M: GPT-3": (GPT_3, tk.LoRA(rank=8, targets=QV), 37_748_736, None),
+    "LoRA, arXiv 2106.09685, 0.3M: RoBERTa-base": (ROBERTA, tk.LoRA(rank=8, targets=("query", "value")), 294_912, None),
+    "LoRA, arXiv 2106.09685, 0.8M: RoBERTa-large": (
+        ROBERTA_LARGE,
+        tk.LoRA(rank=8, targets=("query", "value")),
+        786_432,
+        None,
+    ),
+    "LoRA, arXiv 2106.09685, 4.7M: DeBERTa-XXL": (
+        DEBERTA_XXL,
+        tk.LoRA(rank=16, targets=("query_proj", "value_proj")),
+        4_718_592,
+        None,
+    ),
+    "PEFT lora.md: ViT-base, 101 labels": (
+        VIT,
+        tk.LoRA(rank=16, targets=QV, trained_modules=("classifier",)),
+        667_493,
+        86_543_818,
+    ),
+    "PEFT lora-lm-eval notebook: bert-base-cased": (
+        BERT,
+        tk.LoRA(rank=8, targets=("query", "key"), trained_modules=("classifier",)),
+        296_450,
+        108_608_260,
+    ),
+    # The classifier, 768 * 101 + 101, is trained besides: these two methods do not offer that.
+    "PEFT 0.7 to 0.13, lora_based_methods: ViT-base": (VIT, tk.LoHa(rank=16, targets=QV), 1_257_317 - 77_669, None),
+    "PEFT lokr.md: ViT-base": (VIT, tk.LoKr(rank=16, targets=QV), 116_069 - 77_669, None),
+}
+"""Source: (model, method, trained parameters, all parameters)."""
+
+COMPUTED = {
+    "LoRA of rank 16, all linear": (tk.LoRA(rank=16), (39_976_960, 41_943_040, 41_943_040, 8_798_208, 40_370_176)),
+    "LoRA of rank 8": (tk.LoRA(rank=8, targets=QV), (4_194_304, 3_407_872, 3_407_872, 540_672, 2_523_136)),
+    "DoRA of rank 16, all linear": (
+        tk.LoRA(rank=16, variant="dora"),
+        (41_336_832, 43_319_296, 43_319_296, 9_102_336, 41_760_768),
+    ),
+    "IA3": (tk.IA3(), (614_400, 524_288, 524_288, 141_312, 645_120)),
+    "LoHa of rank 8": (tk.LoHa(rank=8, targets=QV), (8_388_608, 6_815_744, 6_815_744, 1_081_344, 5_046_272)),
+    "LoKr of rank 8": (tk.LoKr(rank=8, targets=QV), (327_680, 253_952, 253_952, 45_696, 163_072)),
+}
+"""As PEFT 0.21.2 prints them with its defaults, for the five models below."""
+FIVE = (LLAMA_2_7B, LLAMA_3_8B, MISTRAL_1, QWEN_HALF, QWEN_7B)
+TOTALS = {
+    "Llama-2-7B": (LLAMA_2_7B, 6_738_415_616),
+    "Llama-3-8B": (LLAMA_3_8B, 8_030_261_248),
+    "Mistral-7B v0.1": (MISTRAL_1, 7_241_732_096),
+    "Mistral-7B v0.3": (MISTRAL_3, 7_248_023_552),
+    "Qwen2.5-0.5B": (QWEN_HALF, 494_032_768),
+    "Qwen2.5-3B": (QWEN_3B, 3_085_938_688),
+    "Qwen2.5-7B": (QWEN_7B, 7_615_616_512),
+    "phi-1.5": (PHI, 1_418_270_720),
+    "GPT-2": (GPT_2, 124_439_808),
+    "opt-350m": (OPT_350M, 331_196_416),
+    "bert-base-cased": (BERT, 108_311_810),
+    "mt0-large": (MT0_LARGE, 973_466_624),
+    "T0-3B": (T0_3B, 2_783_959_040),
+    "T0-11B": (T0_11B, 11_003_736_064),
+}
+"""Parameters as the model cards say, all of which full fine-tuning trains."""
+
+
+def empty(family, config):
+    """A model of the given shape on the meta device."""
+    import torch
+    import transformers
+
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}For{TASKS.get(family, 'CausalLM')}"
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**config))
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        model.prepare_inputs_for_generation = None  # PEFT's causal wrapper asks an encoder for it, too
+    return model
+
+
+@functools.cache
+def counted(family, config, method):
+    return count_parameters(method.attach(empty(family, dict(config)), tk.Context(model_id="a/b")))
+
+
+def counts(model, method):
+    """Trained and all parameters."""
+    family, config = model
+    return counted(family, tuple(config.items()), method)
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_a_published_count(source):
+    model, method, trained, total = PUBLISHED[source]
+    found = counts(model, method)
+    assert found[0] == trained
+    assert total is None or found[1] == total
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_count_that_peft_prints(case):
+    method, expected = COMPUTED[case]
+    assert tuple(counts(model, method)[0] for model in FIVE) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(tk.LoRA(rank=8, targets=("c_attn",)), (294_912, 124_734_720)), (tk.IA3(), (64_512, 124_504_320))],
+)
+def test_a_count_on_conv1d_layers(method, expected):
+    assert counts(GPT_2, method) == expected
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_full_fine_tuning_trains_what_the_model_card_says(name):
+    model, total = TOTALS[name]
+    assert counts(model, tk.Full()) == (total, total)
+
+
+METHODS = (tk.IA3(), tk.LoHa(), tk.LoKr(), tk.Full(), tk.LastLayers(count=1), tk.LoRA(variant="pissa", rank=4))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_plan_of_a_run_counts_what_is_trained_on_real_weights(method):
+    from transformers import AutoModelForCausalLM
+
+    from tunekit.core.assets import resolve
+
+    plan = tk.Pipeline(model=tk.TINY, data=tk.JsonLines(path=tk.ORDERS), adapter=method).plan()
+    real = method.attach(AutoModelForCausalLM.from_pretrained(resolve(tk.TINY)), tk.Context(model_id=tk.TINY))
+    assert count_parameters(real) == (plan.trainable_parameters, plan.total_parameters)
