@@ -38,7 +38,12 @@ class AdaLoRA(PeftMethod):
     The triplets stay like singular ones by an extra loss, orthogonality times the mean of ||A A^T - I|| and
     ||B^T B - I|| (Frobenius) over all A and B, as in the authors' code and in PEFT; the paper writes the norms squared.
 
-    Its learning rate, where the trainer leaves it open, is ten times LoRA's: the authors take 5e-4 to 2.2e-3.
+    Its learning rate, where the trainer leaves it open, is ten times LoRA's: E starts at zero between two small
+    matrices. In 90 steps on `tunekit.ORDERS` the held-out loss of `tunekit.TINY` falls from 7.21 to 7.20 at 2e-4 and to
+    1.44 at 2e-3 (LoRA at 2e-4: 2.40); the authors take 5e-4 to 2.2e-3.
+
+    Besides the optimizer's state it holds three numbers for each trained one until the last cut. Where no count of
+    saved parameters has to be met, LoRA is simpler.
 
     Args:
         initial_rank: rank of each update at the start; parameters and memory grow with it.
