@@ -76,7 +76,7 @@ def test_lokr_says_when_a_higher_rank_changes_nothing():
 def test_dropout_drops_whole_rows_and_keeps_the_mean(method):
     import torch
 
-    adapter = method(rank=2, dropout=0.5, targets=("up_proj",))
+    adapter = method(rank=2, dropout=0.4, targets=("up_proj",))
     model = adapter.attach(tiny_model(), CONTEXT)
     layer = next(module for full, module in model.named_modules() if full.endswith("layers.1.mlp.up_proj"))
     for parameter in layer.parameters():
@@ -88,3 +88,9 @@ def test_dropout_drops_whole_rows_and_keeps_the_mean(method):
     kept = some != 0
     assert 0 < kept.sum() < 64
     torch.testing.assert_close(some[kept] / whole[kept], (64 / kept.sum()).expand(int(kept.sum())))
+
+
+@pytest.mark.parametrize("method", [tk.LoHa, tk.LoKr])
+def test_dropping_half_of_the_rows_or_more_is_refused(method):
+    with pytest.raises(tk.ConfigError, match=r"dropout: must be in \[0, 0\.5\), got 0\.5"):
+        method(dropout=0.5)

@@ -29,8 +29,8 @@ class LoKr(PeftMethod):
     Args:
         rank: rank of the second factor B @ A.
         alpha: scale of the update, divided by the rank; None means the rank.
-        dropout: probability of dropping a row of the update, the part of one output feature, while training; the
-            other rows grow, so that the mean stays.
+        dropout: probability, below a half, of dropping a row of the update, the part of one output feature, while
+            training; the other rows grow, so that the mean stays.
         targets: "all-linear" (every linear layer but the output head), "attention", "mlp", names of modules, or a
             regular expression for the whole name of linear layers; not GPT-2's Conv1D layers.
         factor: what o1 and i1 are, or come near to from below where it does not divide; None for as near to the
@@ -43,7 +43,8 @@ class LoKr(PeftMethod):
 
     rank: int = attrs.field(default=8, validator=at_least(1))
     alpha: float | None = attrs.field(default=None, validator=at_least(0))
-    dropout: float = attrs.field(default=0.0, validator=between(0, 1))
+    # PEFT divides by the share of rows that stay: were all dropped, which a half makes unthinkable, that would be NaN.
+    dropout: float = attrs.field(default=0.0, validator=between(0, 0.5))
     targets: str | tuple[str, ...] = "all-linear"
     factor: int | None = attrs.field(default=None, validator=at_least(1))
 

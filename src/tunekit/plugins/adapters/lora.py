@@ -39,7 +39,8 @@ class LoRA(PeftMethod):
             magnitude and direction apart (Liu et al. 2024); "pissa" starts from the largest singular values of W and
             keeps the rest of W frozen (Meng et al. 2024, https://arxiv.org/abs/2404.02948): faster at first, but
             attaching decomposes every target, which takes minutes for billions of parameters, and what is saved has
-            twice the rank, so that it fits the original W.
+            twice the rank, so that it fits the original W; exactly so in float32, while a bfloat16 W has its rest
+            rounded.
         layers: numbers of the layers to adapt, from 0; None for all.
         trained_modules: names of modules trained whole and saved with the adapter, such as a head.
     """
@@ -55,6 +56,11 @@ class LoRA(PeftMethod):
     variant: Literal["standard", "rslora", "dora", "pissa"] = "standard"
     layers: tuple[int, ...] | None = None
     trained_modules: tuple[str, ...] = ()
+
+    def check(self, context: Context) -> None:
+        """Refuse "pissa" over a quantized base: it starts by taking the base's weights apart."""
+        if self.variant == "pissa" and context.quantization:
+            raise ConfigError(f"pissa cannot start from {context.quantization} weights; choose another", "LoRA.variant")
 
     def peft_config(self, context: Context) -> PeftConfig:
         """PEFT's LoraConfig."""
