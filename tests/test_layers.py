@@ -32,6 +32,7 @@ ORDER = [
     "core.dataset",
     # the model and what is done with it
     "core.model",
+    "core.dequantize",
     "core.targets",
     "core.trained_tensors",
     "core.peft_method",
@@ -50,7 +51,7 @@ ORDER = [
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich", "tomli_w"}
 LONG = 300
-READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 350}
+READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 365}
 """The files that may be longer than LONG, because they tell one story that a cut would scatter; and how long."""
 
 

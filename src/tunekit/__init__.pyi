@@ -42,9 +42,12 @@ from .plugins.adapters.last_layers import LastLayers as LastLayers
 from .plugins.adapters.loha import LoHa as LoHa
 from .plugins.adapters.lokr import LoKr as LoKr
 from .plugins.adapters.lora import LoRA as LoRA
+from .plugins.adapters.qlora import QLoRA as QLoRA
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy
+from .plugins.quantizers.int8 import Int8 as Int8
+from .plugins.quantizers.nf4 import NF4 as NF4
 from .plugins.sources.in_memory import InMemory as InMemory
 from .plugins.sources.json_lines import JsonLines as JsonLines
 from .plugins.trainers.sft import SFT as SFT

@@ -27,7 +27,14 @@ from tunekit.core.registry import default_registry
 from tunekit.plugins import COMPONENTS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/writing-a-plugin.md", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/concepts.md",
+    "docs/quantization.md",
+    "docs/writing-a-plugin.md",
+    "CONTRIBUTING.md",
+]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 EVERY_PAGE = [*(ROOT / page for page in PAGES), ROOT / "CHANGELOG.md", *REFERENCE]
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

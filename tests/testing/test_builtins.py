@@ -11,6 +11,7 @@ SOURCES = (
 )
 ADAPTERS = (
     tk.LoRA(rank=4),
+    tk.QLoRA(rank=4),
     tk.LoRA(rank=4, variant="rslora"),
     tk.LoRA(rank=4, variant="dora", dropout=0.1),
     tk.LoRA(rank=4, targets="attention", layers=(1,)),
@@ -21,6 +22,7 @@ ADAPTERS = (
     tk.LastLayers(count=1),
     tk.AdaLoRA(initial_rank=6, target_rank=2, interval=2),
 )
+QUANTIZERS = (tk.NF4(), tk.NF4(double_quantization=False), tk.Int8())
 TRAINERS = (
     tk.SFT(epochs=2, batch_size=4),
     tk.Transformers(
@@ -30,7 +32,7 @@ TRAINERS = (
 EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=12))
 
 
-@parametrize(*SOURCES, *ADAPTERS, *TRAINERS, *EVALUATORS)
+@parametrize(*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)
 def test_conformance(component, check):
     check(component)
 
@@ -61,7 +63,9 @@ def test_conformance_of_the_same_on_another_architecture(component, check):
 def test_every_builtin_is_listed_here():
     registry = Registry(environment={"TUNEKIT_DISABLE_PLUGINS": ",".join(_distributions())})
     offered = {(kind, name) for kind in INTERFACES for name in registry.names(kind)}
-    listed = {(component.kind, component.name) for component in (*SOURCES, *ADAPTERS, *TRAINERS, *EVALUATORS)}
+    listed = {
+        (component.kind, component.name) for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)
+    }
     assert offered - listed == set(), "list it above, so that it is checked"
 
 

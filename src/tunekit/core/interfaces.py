@@ -55,9 +55,22 @@ class Quantizer(Component):
         """Touch the loaded model before an adapter is attached. Default: leave it as it is."""
         return model
 
+    def is_quantized(self, module: nn.Module) -> bool:
+        """Whether `module`, one of a base without an adapter, is a linear layer that `dequantize` takes.
+
+        Default: it has a weight that is not of a floating-point dtype.
+        """
+        import torch
+
+        weight = getattr(module, "weight", None)
+        return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
+
     @abstractmethod
     def dequantize(self, module: nn.Module) -> Tensor:
-        """The weight of a quantized linear module as float32, shape (out_features, in_features)."""
+        """The weight of a quantized linear module as float32, shape (out_features, in_features).
+
+        Exported models are merged onto it, so it must be what the module computes with.
+        """
 
 
 class AdapterMethod(Component):

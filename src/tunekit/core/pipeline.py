@@ -15,6 +15,7 @@ from tunekit.core import adapter_files, dataset, recipe
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
+from tunekit.core.dequantize import dequantize
 from tunekit.core.evaluation import measure
 from tunekit.core.fields import check_types
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
@@ -236,7 +237,9 @@ class Pipeline:
 
         adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, self._base, codec)
         metrics = evaluate(model)
-        trainable, total = count_parameters(model)
+        # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
+        plain = self.adapter.attach(self._base.empty(), context) if self._quantizer else model
+        trainable, total = count_parameters(plain)
         result = {
             "metrics": metrics,
             "base_metrics": base_metrics,
@@ -318,7 +321,7 @@ class Pipeline:
         return found
 
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
-        return Run(directory, self.adapter, partial(self._open, directory), tuned)
+        return Run(directory, self.adapter, partial(self._open, directory), partial(self._open_plain, directory), tuned)
 
     def _open(self, directory: Path, tuned: bool) -> Loaded:
         """The tuned model of a finished run, or its base, fresh from disk."""
@@ -328,6 +331,18 @@ class Pipeline:
         if tuned:
             model = self.adapter.load(model, directory / files.ADAPTER)
         return Loaded(model=model.eval(), codec=codec, context=context)
+
+    def _open_plain(self, directory: Path, dtype: str | None) -> Loaded | None:
+        """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
+        if dtype is None and self._quantizer is None:
+            return None
+        trained = files.read_json(directory / files.ENVIRONMENT)["dtype"]
+        context = self._context(device=choose_device(self.device), dtype=trained, directory=directory)
+        codec = self._codec()
+        base = load_base(self._base, self._quantizer, codec, context)
+        base = dequantize(base, self._quantizer) if self._quantizer else base.float()
+        context = attrs.evolve(context, quantization=None, dtype=dtype or trained)
+        return Loaded(model=self.adapter.load(base, directory / files.ADAPTER).eval(), codec=codec, context=context)
 
 
 def load(path: str | Path) -> Pipeline:

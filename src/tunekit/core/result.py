@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -39,6 +39,8 @@ class Run:
         directory: the run directory.
         adapter: the method that was trained.
         load: gives the tuned model, or with `tuned=False` the base it started from.
+        load_plain: gives the tuned model over a float32 base without quantization, as merging it into a dtype needs;
+            None where it can be merged as it is.
         tuned: the tuned model, where it is in memory already.
     """
 
@@ -47,11 +49,13 @@ class Run:
         directory: Path,
         adapter: AdapterMethod,
         load: Callable[[bool], Loaded],
+        load_plain: Callable[[str | None], Loaded | None],
         tuned: Loaded | None = None,
     ) -> None:
         self.directory = directory
         self._adapter = adapter
         self._load = load
+        self._load_plain = load_plain
         self._models: dict[bool, Loaded] = {} if tuned is None else {True: tuned}
 
     @cached_property
@@ -89,18 +93,26 @@ class Run:
         answer = generate(loaded.model, loaded.codec.tokenizer, [loaded.codec.prompt(prompt)], max_new_tokens)
         return loaded.codec.decode(answer[0])
 
-    def export(self, directory: str | Path) -> Path:
+    def export(self, directory: str | Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Path:
         """Write the tuned model as a plain transformers directory: merged weights, tokenizer, template, stop tokens.
+
+        A quantized base is dequantized first: what is written is as large as the model was without quantization.
+
+        Args:
+            directory: where to; it must be new or empty.
+            dtype: of the written weights; None takes that of the base. The sum is made in float32 and rounded once.
 
         Raises:
             RunExists: the directory is taken.
             NotSupported: the method cannot be merged into its base.
         """
+        import torch
+
         directory = Path(directory)
         if directory.exists() and (directory.is_file() or any(directory.iterdir())):
             raise RunExists(f"{directory} is not empty; choose another directory")
-        loaded = self._model(tuned=True)
-        merged = self._adapter.merge(loaded.model, loaded.context)
+        loaded = self._load_plain(dtype) or self._model(tuned=True)
+        merged = self._adapter.merge(loaded.model, loaded.context).to(getattr(torch, loaded.context.dtype))
         with no_progress_bars():
             merged.save_pretrained(directory)
         loaded.codec.tokenizer.chat_template = loaded.codec.template

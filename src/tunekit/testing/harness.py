@@ -15,6 +15,7 @@ from tunekit.core.batching import collate
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context
 from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Example, Quantizer, Trainer
+from tunekit.core.model import Base, no_progress_bars
 from tunekit.core.observers import Observers
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import Registry, default_registry
@@ -43,16 +44,19 @@ class Harness:
     Args:
         architecture: of the tiny model: "llama" or "gpt2".
         rows: what is trained and evaluated on.
+        quantizer: what the base is quantized with; None for a plain one.
         memory: what the checks that share this harness need not do twice.
     """
 
     architecture: str = "llama"
     rows: tuple[Example, ...] = ROWS
+    quantizer: Quantizer | None = None
     memory: dict[str, Any] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def model(self) -> PreTrainedModel:
         """The tiny base model, in evaluation mode, with the same weights on every call."""
-        return tiny_model(self.architecture).eval()
+        model = tiny_model(self.architecture).eval()
+        return quantized(model, self.quantizer, self.context()) if self.quantizer else model
 
     def codec(self) -> Codec:
         """The codec of the tiny tokenizer."""
@@ -74,7 +78,7 @@ class Harness:
             model_type=self.architecture,
             device="cpu",
             dtype="float32",
-            quantization=quantization,
+            quantization=self.quantizer.scheme if self.quantizer else quantization,
             total_steps=steps,
             run_directory=directory,
         )
@@ -108,6 +112,18 @@ def scratch() -> Iterator[Path]:
     """An empty directory, deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="tunekit-") as directory:
         yield Path(directory)
+
+
+def quantized(model: PreTrainedModel, quantizer: Quantizer, context: Context) -> PreTrainedModel:
+    """The model, saved and loaded again with the quantizer, as the pipeline loads a base."""
+    with scratch() as directory, no_progress_bars():
+        model.save_pretrained(directory)
+        loaded = Base(model=str(directory)).load(
+            device=context.device, dtype=context.dtype, options=quantizer.load_kwargs(context)
+        )
+    prepared = quantizer.prepare(loaded, context)
+    assert isinstance(prepared, type(model)), f"prepare returned {type(prepared).__name__}: return the model"
+    return prepared.eval()
 
 
 def attached(adapter: AdapterMethod, harness: Harness, steps: int = STEPS) -> nn.Module:

@@ -4,7 +4,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FILES = ("adapter", "adapter_results", "component", "component_imports", "evaluator", "quantizer", "source", "trainer")
+FILES = (
+    "adapter",
+    "adapter_quantized",
+    "adapter_results",
+    "component",
+    "component_imports",
+    "evaluator",
+    "quantizer",
+    "source",
+    "trainer",
+)
 
 if "pytest" in sys.modules:
     # Before they are imported, and only where pytest runs: a failed assertion then shows the values it compared.
@@ -12,6 +22,7 @@ if "pytest" in sys.modules:
 
 from tunekit.testing.checks import (  # noqa: E402 - the registration above must come first
     adapter,
+    adapter_quantized,
     adapter_results,
     component,
     component_imports,
@@ -27,7 +38,7 @@ OF_ALL: tuple[CheckFunction, ...] = (*component.CHECKS, *component_imports.CHECK
 """What holds for every component."""
 OF_KIND: Mapping[str, tuple[CheckFunction, ...]] = {
     "source": source.CHECKS,
-    "adapter": (*adapter.CHECKS, *adapter_results.CHECKS),
+    "adapter": (*adapter.CHECKS, *adapter_results.CHECKS, *adapter_quantized.CHECKS),
     "quantizer": quantizer.CHECKS,
     "trainer": trainer.CHECKS,
     "evaluator": evaluator.CHECKS,

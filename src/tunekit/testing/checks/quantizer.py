@@ -8,10 +8,9 @@ from unittest import SkipTest
 
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Quantizer
-from tunekit.core.model import Base
 from tunekit.errors import ConfigError
 from tunekit.testing.checks.component import unchanged
-from tunekit.testing.harness import Harness, scratch
+from tunekit.testing.harness import Harness, quantized
 from tunekit.testing.training import logits
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ def returns_fresh_load_kwargs(quantizer: Quantizer, harness: Harness) -> None:
 
 def stores_fewer_bytes(quantizer: Quantizer, harness: Harness) -> None:
     """A model can be loaded with it, and takes less memory."""
-    plain, quantized = _bytes(harness.model()), _bytes(_loaded(quantizer, harness))
-    assert quantized < plain, f"quantized, the model has {quantized:,} bytes, and {plain:,} without: nothing is gained"
+    plain, packed = _bytes(harness.model()), _bytes(_loaded(quantizer, harness))
+    assert packed < plain, f"quantized, the model has {packed:,} bytes, and {plain:,} without: nothing is gained"
 
 
 def predicts_nearly_the_same(quantizer: Quantizer, harness: Harness) -> None:
@@ -57,17 +56,23 @@ def predicts_nearly_the_same(quantizer: Quantizer, harness: Harness) -> None:
 
 
 def gives_weights_back(quantizer: Quantizer, harness: Harness) -> None:
-    """`dequantize` of each quantized linear layer is its weight, (out_features, in_features), in float32."""
+    """`is_quantized` knows the quantized linear layers; `dequantize` of each is its weight, (out, in), in float32."""
     import torch
 
     before = dict(harness.model().named_modules())
-    quantized = {
-        name: module
-        for name, module in _loaded(quantizer, harness).named_modules()
+    after = dict(_loaded(quantizer, harness).named_modules())
+    changed = {
+        name
+        for name, module in after.items()
         if isinstance(before.get(name), torch.nn.Linear) and _differs(module, before[name])
     }
-    assert quantized, "no linear layer is quantized: have load_kwargs or prepare do it"
-    pairs = {name: (quantizer.dequantize(quantized[name]), before[name].weight.detach()) for name in quantized}
+    assert changed, "no linear layer is quantized: have load_kwargs or prepare do it"
+    said = {name for name, module in after.items() if quantizer.is_quantized(module)}
+    assert said == changed, (
+        f"is_quantized is wrong about {sorted(said ^ changed)[:3]}: say True for the linear layers that are quantized, "
+        "and for nothing else"
+    )
+    pairs = {name: (quantizer.dequantize(after[name]), before[name].weight.detach()) for name in sorted(changed)}
     for name, (weight, exact) in pairs.items():
         assert weight.dtype == torch.float32, f"dequantize gave {weight.dtype} for {name}: give torch.float32"
         assert weight.shape == exact.shape, (
@@ -95,15 +100,7 @@ def _context(quantizer: Quantizer, harness: Harness) -> Context:
 
 def _loaded(quantizer: Quantizer, harness: Harness) -> PreTrainedModel:
     """The tiny model, loaded from disk as the pipeline does."""
-    context = _context(quantizer, harness)
-    with scratch() as directory:
-        harness.model().save_pretrained(directory)
-        model = Base(model=str(directory)).load(
-            device=context.device, dtype=context.dtype, options=quantizer.load_kwargs(context)
-        )
-    prepared = quantizer.prepare(model, context)
-    assert isinstance(prepared, type(model)), f"prepare returned {type(prepared).__name__}: return the model"
-    return prepared.eval()
+    return quantized(harness.model(), quantizer, _context(quantizer, harness))
 
 
 def _bytes(model: nn.Module) -> int:
