@@ -158,6 +158,7 @@ class Norms(AdapterMethod):
     """
 
     name = "norms"
+    supports = frozenset({"int8"})
     fault: str = ""
 
     def attach(self, model, context):
@@ -168,6 +169,8 @@ class Norms(AdapterMethod):
         norms = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.fault == "moved":
             norms[0].data += 1
+        if self.fault == "blind to bits" and context.quantization:
+            model.requires_grad_(False)
         if self.fault == "nothing":
             model.requires_grad_(False)
         if self.fault in ("all and more", "unused"):
@@ -403,6 +406,9 @@ class Int8(Quantizer):
             if isinstance(module, torch.nn.Linear):
                 model.set_submodule(name, Rounded(module, self.fault == "wrong scale"))
         return model
+
+    def is_quantized(self, module):
+        return super().is_quantized(module) or (self.fault == "claims all" and hasattr(module, "weight"))
 
     def dequantize(self, module):
         weight = module.weight * module.scale

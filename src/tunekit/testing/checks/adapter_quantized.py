@@ -32,13 +32,13 @@ def trains_on_what_it_supports(adapter: AdapterMethod, harness: Harness) -> None
                 check(adapter, over)
             except Exception as error:
                 raise AssertionError(
-                    f"{check.__name__} fails on a {quantizer.scheme} base, which stands in `supports`: "
+                    f"on a base of the scheme {quantizer.scheme}, which stands in `supports`, {check.__name__} fails: "
                     f"{type(error).__name__}: {error}"
                 ) from error
 
 
 def _of_scheme(scheme: str) -> list[Quantizer]:
-    """The built-in or first quantizer of that scheme whose packages are installed, if there is one."""
+    """The first quantizer of that scheme whose packages are installed, if there is one."""
     registry = default_registry()
     found = [registry.find("quantizer", name) for name in registry.names("quantizer")]
     for cls in found:
