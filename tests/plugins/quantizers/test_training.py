@@ -91,11 +91,11 @@ def test_an_export_is_a_plain_model_that_predicts_what_the_quantized_one_did(fin
     assert not hasattr(exported.config, "quantization_config")
     away = abs(nll(pipeline, exported) - run.metrics["nll"])
     assert away <= 1e-3
-    # Rounded again into the scheme of the base, the training is partly lost.
-    options = pipeline._quantizer.load_kwargs(pipeline._context(device="cpu"))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **options)
-    if pipeline._quantizer.scheme == "nf4":
-        assert abs(nll(pipeline, again) - run.metrics["nll"]) > 10 * away + 1e-3
+    # Rounded again into 4 bits, most of the training is undone; 8 bits are fine enough.
+    quantizer, context = pipeline._quantizer, pipeline._context(device="cpu")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **quantizer.load_kwargs(context))
+    lost = nll(pipeline, quantizer.prepare(again, context)) - run.metrics["nll"]
+    assert lost > 0.5 if quantizer.scheme == "nf4" else abs(lost) < 1e-3
 
 
 def test_an_export_is_written_in_the_dtype_that_is_asked_for(finished, tmp_path):
