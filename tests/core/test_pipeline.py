@@ -483,3 +483,9 @@ def test_transformers_trains_the_same_pipeline(tiny_directory, tmp_path):
     assert tk.open_run(run.directory).generate("repeat 3", max_new_tokens=4) == run.generate(
         "repeat 3", max_new_tokens=4
     )
+
+
+def test_a_run_is_opened_in_the_dtype_it_was_made_in(tiny_directory, tmp_path, monkeypatch):
+    make(tiny_directory, trainer=tk.SFT(max_steps=1)).run(tmp_path / "run")
+    monkeypatch.setattr("tunekit.core.pipeline.choose_dtype", lambda dtype, device: "bfloat16")  # another machine's
+    assert tk.open_run(tmp_path / "run")._model(tuned=True).model.dtype == torch.float32

@@ -156,7 +156,7 @@ class Pipeline:
             longest=max(len(row["input_ids"]) for row in data.train),
             trainable_parameters=trainable,
             total_parameters=total,
-            memory=standing_memory(trained, base_bytes=4 if dtype == "float32" else 2),
+            memory=standing_memory(trained, 4 if dtype == "float32" else 2, quantized=self._quantizer is not None),
             changed=data.changed,
         )
 
@@ -186,7 +186,7 @@ class Pipeline:
         steps = self.trainer.planned_steps(len(data.train))
         context = self._context(device=device, steps=steps, directory=directory)
 
-        resumed = self._resume(directory, data) if resume else None
+        resumed = files.reopen(directory, self.to_dict(), data.fingerprint) if resume else None
         if resumed is None:
             self._begin(directory, context)
         log = RunLog(directory=directory, observers=told, resumed=resumed)
@@ -305,27 +305,12 @@ class Pipeline:
         environment = files.environment(default_registry(), context.device, context.dtype, self.seed)
         files.write_json(directory / files.ENVIRONMENT, environment)
 
-    def _resume(self, directory: Path, data: dataset.Data) -> Any:
-        """The checkpoint to go on from, if the run in `directory` was made by this very pipeline from these rows."""
-        found = files.reopen(directory)
-        written = recipe.read(directory / files.RECIPE)
-        changed = recipe.differences(written, self.to_dict())
-        if changed:
-            raise ConfigError(
-                f"the run in {directory} was started by another pipeline; changed: {'; '.join(changed)}",
-                "resume",
-            )
-        if files.read_json(directory / files.START)["data"] != data.fingerprint:
-            raise ConfigError(f"the rows are not those that the run in {directory} was started with", "resume")
-        files.forget_after(directory, found.step)
-        return found
-
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
         return Run(directory, self.adapter, partial(self._open, directory), partial(self._open_plain, directory), tuned)
 
     def _open(self, directory: Path, tuned: bool) -> Loaded:
-        """The tuned model of a finished run, or its base, fresh from disk."""
-        context = self._context(device=choose_device(self.device), directory=directory)
+        """The tuned model of a finished run, or its base, fresh from disk and in the dtype of the run."""
+        context = self._context(device=choose_device(self.device), dtype=_dtype_of(directory), directory=directory)
         codec = self._codec()
         model: nn.Module = load_base(self._base, self._quantizer, codec, context)
         if tuned:
@@ -336,13 +321,18 @@ class Pipeline:
         """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
         if dtype is None and self._quantizer is None:
             return None
-        trained = files.read_json(directory / files.ENVIRONMENT)["dtype"]
+        trained = _dtype_of(directory)
         context = self._context(device=choose_device(self.device), dtype=trained, directory=directory)
         codec = self._codec()
         base = load_base(self._base, self._quantizer, codec, context)
         base = dequantize(base, self._quantizer) if self._quantizer else base.float()
         context = attrs.evolve(context, quantization=None, dtype=dtype or trained)
         return Loaded(model=self.adapter.load(base, directory / files.ADAPTER).eval(), codec=codec, context=context)
+
+
+def _dtype_of(directory: Path) -> str:
+    """The dtype a run was made in: on a machine of another kind, what is chosen by itself may be another."""
+    return str(files.read_json(directory / files.ENVIRONMENT)["dtype"])
 
 
 def load(path: str | Path) -> Pipeline:

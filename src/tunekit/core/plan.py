@@ -69,14 +69,16 @@ def count_parameters(model: "nn.Module") -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def standing_memory(model: "nn.Module", base_bytes: int) -> dict[str, int]:
+def standing_memory(model: "nn.Module", base_bytes: int, quantized: bool) -> dict[str, int]:
     """Bytes held throughout training by part.
 
     Args:
         model: the model with the method attached; on the meta device will do.
         base_bytes: bytes of one frozen weight.
+        quantized: whether the base is then stored in fewer bits; what that saves is not reckoned here, and said so.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in trainable)
-    return {"frozen weights": frozen * base_bytes, "trained weights": trained, "gradients": trained}
+    part = "frozen weights, before quantization" if quantized else "frozen weights"
+    return {part: frozen * base_bytes, "trained weights": trained, "gradients": trained}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core import checkpoint
+from tunekit.core import checkpoint, recipe
 from tunekit.core.checkpoint import Checkpoint
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
@@ -115,16 +115,32 @@ def create(directory: Path) -> None:
         raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}", "directory") from None
 
 
-def reopen(directory: Path) -> Checkpoint:
-    """The checkpoint a run in `directory` goes on from; ConfigError if there is no unfinished run with one."""
+def reopen(directory: Path, table: Mapping[str, Any], fingerprint: str) -> Checkpoint:
+    """The checkpoint that an unfinished run goes on from; what it logged afterwards is forgotten.
+
+    Args:
+        directory: the run directory.
+        table: the recipe of the pipeline that wants to go on with it.
+        fingerprint: that of its rows.
+
+    Raises:
+        ConfigError: there is no unfinished run with a checkpoint, or it was started by another pipeline or with other
+            rows; each changed field is named. The run is left as it is.
+    """
     if not (directory / RECIPE).is_file():
         raise ConfigError(f"there is no run to resume in {directory}", "directory")
     if (directory / RESULT).exists():
+        where = str(directory)
+        raise ConfigError(f"the run in {where} is finished; read it with tunekit.open_run({where!r})", "directory")
+    found = checkpoint.newest(directory / CHECKPOINTS)
+    if changed := recipe.differences(recipe.read(directory / RECIPE), table):
         raise ConfigError(
-            f"the run in {directory} is finished; read it with tunekit.open_run({str(directory)!r})",
-            "directory",
+            f"the run in {directory} was started by another pipeline; changed: {'; '.join(changed)}", "resume"
         )
-    return checkpoint.newest(directory / CHECKPOINTS)
+    if read_json(directory / START)["data"] != fingerprint:
+        raise ConfigError(f"the rows are not those that the run in {directory} was started with", "resume")
+    _forget_after(directory / METRICS, found.step)
+    return found
 
 
 def environment(registry: Registry, device: str, dtype: str, seed: int) -> dict[str, Any]:
@@ -160,9 +176,8 @@ def history(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def forget_after(directory: Path, step: int) -> None:
+def _forget_after(metrics: Path, step: int) -> None:
     """Drop what was logged after `step`: the resumed run logs it again."""
-    metrics = directory / METRICS
     if metrics.exists():
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
