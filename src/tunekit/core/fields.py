@@ -1,6 +1,7 @@
 """The types of component fields: checked strictly and alike for Python and for recipes, with the field in the error."""
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,16 @@ def positive(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> No
     """Validator: a number field must be above zero (None, where the field allows it, passes)."""
     if _is_number(value) and not value > 0:
         raise ConfigError(f"must be above 0, got {value!r}", _where(instance, attribute))
+
+
+def as_text(value: Any) -> Any:
+    """Converter: a path as text; anything else as it is, for the type check to judge."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def as_tuple(value: Any) -> Any:
+    """Converter: a list as a tuple; anything else as it is, for the type check to judge."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def types_of(cls: type) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.dequantize import dequantize
 from tunekit.core.evaluation import measure
-from tunekit.core.fields import check_types
+from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.model import Base, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
@@ -36,14 +36,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def _builtin(kind: str, name: str) -> Any:
     """A built-in component with its own defaults."""
     return default_registry().find(kind, name)()
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 @attrs.frozen(kw_only=True)
@@ -66,7 +58,7 @@ class Pipeline:
         trust_remote_code: whether code in the model's repository may run.
     """
 
-    model: str = attrs.field(converter=_as_text)
+    model: str = attrs.field(converter=as_text)
     revision: str | None = None
     template: str | None = None
     data: DataSource
@@ -76,7 +68,7 @@ class Pipeline:
     trainer: Trainer = attrs.field(factory=partial(_builtin, "trainer", "sft"))
     evaluators: tuple[Evaluator, ...] = attrs.field(
         default=attrs.Factory(lambda: (default_registry().find("evaluator", "perplexity")(),)),
-        converter=_as_tuple,
+        converter=as_tuple,
     )
     seed: int = 0
     device: str | None = None
@@ -114,8 +106,8 @@ class Pipeline:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {self.device!r}", "Pipeline.device")
-        if self.dtype == "float16" and self.device == "cpu":
-            raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
+        if self.device:
+            choose_dtype(self.dtype, self.device)
         scheme = context.quantization
         if scheme and scheme not in self.adapter.supports:
             able = ", ".join(sorted(self.adapter.supports)) or "no quantized base"

@@ -5,13 +5,10 @@ from typing import Any
 
 import attrs
 
+from tunekit.core.fields import as_tuple
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.core.schemas import SchemaName, recognise, rename, to_example
 from tunekit.errors import ConfigError, DataError
-
-
-def _as_rows(rows: Any) -> Any:
-    return tuple(rows) if isinstance(rows, list) else rows
 
 
 @attrs.frozen(kw_only=True)
@@ -26,7 +23,7 @@ class InMemory(DataSource):
 
     name = "in-memory"
 
-    rows: tuple[Mapping[str, Any], ...] = attrs.field(converter=_as_rows, repr=lambda rows: f"<{len(rows)} rows>")
+    rows: tuple[Mapping[str, Any], ...] = attrs.field(converter=as_tuple, repr=lambda rows: f"<{len(rows)} rows>")
     schema: SchemaName | None = None
     columns: Mapping[str, str] | None = None
 

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ import attrs
 
 from tunekit.core.assets import resolve
 from tunekit.core.component import Context
+from tunekit.core.fields import as_text
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.core.schemas import SchemaName, recognise, rename, to_example
 from tunekit.errors import ConfigError, DataError
@@ -21,10 +21,6 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
 }
-
-
-def _as_text(path: Any) -> Any:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 @attrs.frozen(kw_only=True)
@@ -39,7 +35,7 @@ class JsonLines(DataSource):
 
     name = "json-lines"
 
-    path: str = attrs.field(converter=_as_text)
+    path: str = attrs.field(converter=as_text)
     schema: SchemaName | None = None
     columns: Mapping[str, str] | None = None
 
