@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunekit.core import run as files
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import Trainer, TrainResult
 from tunekit.testing.harness import Harness, run_log
-from tunekit.testing.training import copies, trainable
+from tunekit.testing.training import copies
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,9 +72,9 @@ def fit(
 
     def after_step(given: nn.Module, step: int) -> None:
         fitted.steps.append(step)
-        fitted.slots.append(copies(trainable(given)))
+        fitted.slots.append(copies(trained_parameters(given)))
         fitted.grads.append(
-            copies({name: value.grad for name, value in trainable(given).items() if value.grad is not None})
+            copies({name: value.grad for name, value in trained_parameters(given).items() if value.grad is not None})
         )
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.codec import IGNORED
 from tunekit.core.evaluation import evaluating
 from tunekit.core.interfaces import AdapterMethod
@@ -58,16 +59,11 @@ def new_optimizer(model: nn.Module) -> Optimizer:
     """AdamW over the trainable parameters, without weight decay."""
     import torch
 
-    return torch.optim.AdamW(trainable(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return torch.optim.AdamW(trained_parameters(model).values(), lr=LEARNING_RATE, weight_decay=0.0)
 
 
 def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The other parameters by name."""
+    """The parameters that training leaves alone, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 

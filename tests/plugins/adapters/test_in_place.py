@@ -3,8 +3,8 @@
 import pytest
 
 import tunekit as tk
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.testing import tiny_model
-from tunekit.testing.training import trainable
 
 CONTEXT = tk.Context(model_id="a/b")
 
@@ -13,11 +13,14 @@ CONTEXT = tk.Context(model_id="a/b")
 def test_full_trains_every_parameter(architecture):
     model = tiny_model(architecture)
     expected = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(parameter.numel() for parameter in trainable(tk.Full().attach(model, CONTEXT)).values()) == expected
+    assert (
+        sum(parameter.numel() for parameter in trained_parameters(tk.Full().attach(model, CONTEXT)).values())
+        == expected
+    )
 
 
 def test_last_layers_are_counted_from_the_last():
-    names = trainable(tk.LastLayers(count=2).attach(tiny_model(num_hidden_layers=12), CONTEXT))
+    names = trained_parameters(tk.LastLayers(count=2).attach(tiny_model(num_hidden_layers=12), CONTEXT))
     assert {name.split(".")[2] for name in names} == {"10", "11"}
     assert all(name.startswith("model.layers.") for name in names)
     # Four square projections of 32 (keys and values at half the width), three of 32 * 64, and two norms.

@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tunekit as tk
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.dequantize import dequantize
 from tunekit.core.evaluation import measure
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import Harness, quantized
-from tunekit.testing.training import cross_entropy, logits, trainable
+from tunekit.testing.training import cross_entropy, logits
 
 pytest.importorskip("bitsandbytes")
 
@@ -61,12 +62,12 @@ def test_gradients_are_those_over_a_float32_model_with_the_dequantized_weights(q
         torch.manual_seed(0)
         model = tk.LoRA(rank=4).attach(base, context)
         with torch.no_grad():
-            for name, parameter in trainable(model).items():
+            for name, parameter in trained_parameters(model).items():
                 if "lora_B" in name:
                     parameter.copy_(torch.randn(parameter.shape) / 10)
         logits(model, batch)  # an evaluation in between changes nothing
         cross_entropy(model.train(), batch).backward()
-        found.append([parameter.grad.cpu() for parameter in trainable(model).values()])
+        found.append([parameter.grad.cpu() for parameter in trained_parameters(model).values()])
     scale = max(float(grad.abs().max()) for grad in found[1])
     rounded_activations = device == "cuda" and quantizer.scheme == "int8"
     for here, there in zip(*found, strict=True):
@@ -78,7 +79,7 @@ def test_the_loss_falls_and_the_run_can_be_opened_and_asked(finished):
     assert run.metrics["nll"] < run.base_metrics["nll"] - 1
     again = tk.open_run(run.directory)
     assert again.generate("What is 2 + 3?", max_new_tokens=8) == run.generate("What is 2 + 3?", max_new_tokens=8)
-    assert {parameter.dtype for parameter in trainable(run._model(True).model).values()} <= {torch.float32}
+    assert {parameter.dtype for parameter in trained_parameters(run._model(True).model).values()} <= {torch.float32}
     parameters = json.loads((run.directory / "result.json").read_text())["parameters"]
     plan = pipeline.plan()
     assert parameters == {"trainable": plan.trainable_parameters, "total": plan.total_parameters}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.evaluation import evaluating
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.testing.checks.component import unchanged
@@ -17,7 +18,6 @@ from tunekit.testing.training import (
     logits,
     new_optimizer,
     train,
-    trainable,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def base_is_frozen(adapter: AdapterMethod, harness: Harness) -> None:
     base = harness.model()
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in base.named_parameters()}
     model = adapter.attach(base, harness.context())
-    assert trainable(model), "nothing is trainable: set requires_grad on what is to be trained in `attach`"
+    assert trained_parameters(model), "nothing is trainable: set requires_grad on what is to be trained in `attach`"
     added = {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter, _ in before.values()}
     assert not added or any(not parameter.requires_grad for parameter, _ in before.values()), (
         "it adds parameters and leaves all of the base trainable: call model.requires_grad_(False) first in `attach`"
@@ -58,10 +58,10 @@ def attaches_to_an_empty_model(adapter: AdapterMethod, harness: Harness) -> None
     """It attaches to a model on the meta device, where `Pipeline.plan` counts the parameters without loading them."""
     import torch
 
-    real = trainable(attached(adapter, harness))
+    real = trained_parameters(attached(adapter, harness))
     with torch.device("meta"):
         empty = harness.model()
-    planned = trainable(adapter.attach(empty, harness.context()))
+    planned = trained_parameters(adapter.attach(empty, harness.context()))
     counts = [{name: parameter.numel() for name, parameter in found.items()} for found in (real, planned)]
     assert counts[0] == counts[1], (
         "attached to a model on the meta device it trains other parameters than on a real one: decide by names and "
@@ -72,10 +72,10 @@ def attaches_to_an_empty_model(adapter: AdapterMethod, harness: Harness) -> None
 def gradients_arrive(adapter: AdapterMethod, harness: Harness) -> None:
     """Within 4 steps every trainable tensor has had a gradient that is not zero."""
     model = attached(adapter, harness)
-    waiting = set(trainable(model))
+    waiting = set(trained_parameters(model))
 
     def look() -> None:
-        for name, parameter in trainable(model).items():
+        for name, parameter in trained_parameters(model).items():
             if parameter.grad is not None and parameter.grad.any():
                 waiting.discard(name)
 
@@ -106,7 +106,9 @@ def evaluation_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> None
             logits(model, batch)
         torch.manual_seed(1)
         cross_entropy(model.train(), batch).backward()
-        grads = {name: parameter.grad for name, parameter in trainable(model).items() if parameter.grad is not None}
+        grads = {
+            name: parameter.grad for name, parameter in trained_parameters(model).items() if parameter.grad is not None
+        }
         found.append(copies(grads))
         model.zero_grad()
     differing = [name for name in found[0] if name not in found[1] or distance(found[0][name], found[1][name]) > 1e-6]

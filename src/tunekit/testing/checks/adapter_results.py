@@ -6,10 +6,11 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.errors import NotSupported
 from tunekit.testing.harness import Harness, attached, scratch
-from tunekit.testing.training import changed, copies, distance, logits, new_optimizer, train, trainable
+from tunekit.testing.training import changed, copies, distance, logits, new_optimizer, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ def resumes_exactly(adapter: AdapterMethod, harness: Harness) -> None:
     train(adapter, model, batch, 4, optimizer=optimizer)
     file = io.BytesIO()
     torch.save({"method": dict(adapter.train_state(model)), "optimizer": optimizer.state_dict()}, file)
-    stored = copies(trainable(model))
+    stored = copies(trained_parameters(model))
     torch.manual_seed(2)
     train(adapter, model, batch, 4, first=5, optimizer=optimizer)
 
@@ -36,7 +37,7 @@ def resumes_exactly(adapter: AdapterMethod, harness: Harness) -> None:
         raise AssertionError(f"train_state holds more than JSON values and tensors: {error}") from error
     again = attached(adapter, harness)
     with torch.no_grad():
-        for name, parameter in trainable(again).items():
+        for name, parameter in trained_parameters(again).items():
             assert name in stored, f"a second `attach` trains {name}, which the first did not"
             parameter.copy_(stored[name])
     adapter.load_train_state(again, state["method"])
@@ -44,7 +45,7 @@ def resumes_exactly(adapter: AdapterMethod, harness: Harness) -> None:
     optimizer.load_state_dict(state["optimizer"])
     torch.manual_seed(2)
     train(adapter, again, batch, 4, first=5, optimizer=optimizer)
-    differing = changed(copies(trainable(model)), trainable(again))
+    differing = changed(copies(trained_parameters(model)), trained_parameters(again))
     assert not differing, (
         f"after a resume {differing[:3]} end elsewhere: return from train_state all that the coming steps depend on "
         "besides the trained parameters, and restore it in load_train_state"
@@ -57,7 +58,7 @@ def saves_what_it_trained(adapter: AdapterMethod, harness: Harness) -> None:
 
     batch = harness.batch()
     model = _trained(adapter, harness)
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable(model).values())
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in trained_parameters(model).values())
     expected = logits(model, batch)
     with scratch() as directory:
         adapter.save(model, directory)

@@ -8,12 +8,13 @@ from unittest import SkipTest
 
 import attrs
 
+from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import Trainer, TrainResult
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.fitting import fit, fitted_once, trained_names
 from tunekit.testing.harness import Harness
-from tunekit.testing.training import changed, copies, distance, trainable
+from tunekit.testing.training import changed, copies, distance
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +41,7 @@ def keeps_the_slot(trainer: Trainer, harness: Harness) -> None:
         assert any(grad.any() for grad in grads.values()), (
             f"in after_step({step}) there are no gradients: call it before optimizer.zero_grad()"
         )
-    late = changed(fitted.slots[-1], trainable(fitted.model))
+    late = changed(fitted.slots[-1], trained_parameters(fitted.model))
     assert not late, f"{late[:3]} still changed after the last after_step: call it after optimizer.step()"
 
 
@@ -57,7 +58,9 @@ def trains_only_what_is_trainable(trainer: Trainer, harness: Harness) -> None:
 def leaves_requires_grad_and_device(trainer: Trainer, harness: Harness) -> None:
     """What is trainable is so afterwards, and the model is where it was."""
     fitted = fitted_once(trainer, harness)
-    assert set(trainable(fitted.model)) == trained_names(fitted.model), "fit changed requires_grad of parameters"
+    assert set(trained_parameters(fitted.model)) == trained_names(fitted.model), (
+        "fit changed requires_grad of parameters"
+    )
     devices = {parameter.device.type for parameter in fitted.model.parameters()}
     assert devices == {"cpu"}, f"the model was on the CPU, and afterwards is on {sorted(devices)}: use context.device"
 
@@ -75,7 +78,7 @@ def logs_finite_numbers(trainer: Trainer, harness: Harness) -> None:
 def is_deterministic(trainer: Trainer, harness: Harness) -> None:
     """The same seed ends with the same parameters."""
     first, second = fitted_once(trainer, harness), fit(trainer, harness)
-    differing = changed(copies(trainable(first.model)), trainable(second.model))
+    differing = changed(copies(trained_parameters(first.model)), trained_parameters(second.model))
     assert not differing, (
         f"the same seed ended with different {differing[:3]}: order the rows by context.seed, and draw from torch's "
         "global generator"
