@@ -27,6 +27,7 @@ ORDER = [
     "core.recipe",
     # from rows to tokens to batches
     "core.schemas",
+    "core.contract",
     "core.codec",
     "core.batching",
     "core.dataset",

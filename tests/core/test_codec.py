@@ -1,5 +1,8 @@
 """What is trained on is exactly what the assistant says, and what is asked in use is exactly what was trained on."""
 
+import hashlib
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,3 +205,42 @@ def test_a_tokenizer_without_an_end_token_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="never learn to stop"):
         Codec(tokenizer)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_contract_is_plain_and_the_same_for_the_same_template_and_tokenizer(template):
+    contract = Codec(tiny_tokenizer(template=template)).contract()
+    assert json.loads(json.dumps(contract)) == contract
+    assert contract["template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
+    assert bytes(contract["prompt"], "utf-8").endswith(b"\n") or template is MISTRAL
+    assert tiny_tokenizer().decode(contract["prompt_ids"]) == contract["prompt"]
+    Codec(tiny_tokenizer(template=template)).check_contract(contract)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"template": NO_END}, "the template reads otherwise .* sha256 "),
+        ({"begin": True}, r"the prompt is tokenized otherwise .* from token 0 on, \[3, .* there, \[1, 3, "),
+    ],
+    ids=["template", "tokenizer"],
+)
+def test_a_contract_that_is_not_kept_is_refused_with_what_differs(other, says):
+    with pytest.raises(ConfigError, match=says):
+        Codec(tiny_tokenizer(**other)).check_contract(Codec(tiny_tokenizer()).contract())
+
+
+def test_a_contract_says_where_the_prompt_is_rendered_otherwise():
+    codec = Codec(tiny_tokenizer())
+    saved = codec.contract()
+    with pytest.raises(ConfigError, match=r"prompt is rendered otherwise .* from character 14 on, '' there, 'er"):
+        codec.check_contract({**saved, "prompt": saved["prompt"][:14]})
+    with pytest.raises(ConfigError, match="none there"):
+        codec.check_contract({**saved, "prompt": None})
+
+
+def test_a_template_for_single_questions_has_a_contract_and_one_that_refuses_all_has_its_hash():
+    single = "{{ raise_exception('one only') if messages | length > 1 else messages[0]['content'] }}"
+    assert Codec(tiny_tokenizer(), single).contract()["prompt"].startswith("Gr\u00fc\u00dfe")
+    contract = Codec(tiny_tokenizer(), "{{ raise_exception('never') }}").contract()
+    assert contract["prompt"] is contract["prompt_ids"] is None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunekit.core import contract as contracts
 from tunekit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,6 +90,24 @@ class Codec:
         labels = self.encode({"messages": probe})["labels"]
         last = next(label for label in reversed(labels) if label != IGNORED)
         return tuple(dict.fromkeys((self.tokenizer.eos_token_id, last)))
+
+    def contract(self) -> dict[str, Any]:
+        """What training and use must have in common, in JSON values: to be saved with an adapter, and checked later.
+
+        `template_sha256` (of the template's text), `prompt` (a fixed conversation rendered up to the answer) and
+        `prompt_ids` (its tokens); the last two are None for a template that refuses that conversation.
+        """
+        for messages in (contracts.GOLDEN, contracts.GOLDEN[-1:]):
+            try:
+                text = self._render(messages, None, begin_answer=True)
+            except DataError:  # of a template for single questions, or for conversations that begin otherwise
+                continue
+            return contracts.contract(self.template, text, self.prompt(messages))
+        return contracts.contract(self.template, None, None)
+
+    def check_contract(self, saved: Mapping[str, Any]) -> None:
+        """Raise ConfigError, naming what differs, unless prompts are encoded as where `saved`, a contract, was made."""
+        contracts.check(saved, self.contract())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens."""
