@@ -36,6 +36,7 @@ from .errors import TrainingError as TrainingError
 from .errors import TunekitError as TunekitError
 from .errors import UnknownComponent as UnknownComponent
 from .plugins.adapters.adalora import AdaLoRA as AdaLoRA
+from .plugins.adapters.bottleneck import Bottleneck as Bottleneck
 from .plugins.adapters.full import Full as Full
 from .plugins.adapters.ia3 import IA3 as IA3
 from .plugins.adapters.last_layers import LastLayers as LastLayers

@@ -191,3 +191,81 @@ def test_a_module_to_be_trained_whole_must_be_there():
 def test_conv1d_layers_are_refused_by_those_that_cannot_adapt_them_naming_those_that_can(method):
     with pytest.raises(tk.ConfigError, match=r"cannot adapt the Conv1D layer transformer.*; LoRA and IA3 can"):
         method.attach(tiny_model("gpt2"), tk.Context(model_id="a/b"))
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+EXPERTS = {
+    "Mixtral": SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    "Qwen2Moe": SMALL | {"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 16},
+}
+
+
+def experts(family):
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        config = getattr(transformers, f"{family}Config")(**EXPERTS[family])
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def test_experts_in_one_tensor_are_said_to_be_left_as_they_are():
+    with pytest.warns(UserWarning, match="'all-linear' leaves the experts as they are: down_proj, gate_up_proj of the"):
+        assert found(experts("Mixtral"), "all-linear") == QKVO
+    assert found(experts("Mixtral"), "attention") == QKVO
+    with pytest.warns(UserWarning, match="'mlp' leaves the experts as they are"):
+        names = found(experts("Qwen2Moe"), "mlp")
+    assert names == sorted([*GATED, "shared_expert_gate"])
+
+
+@pytest.mark.parametrize("chosen", ["mlp", ("down_proj",), ("experts.gate_up_proj",)])
+def test_a_target_that_only_experts_answer_to_is_an_error_that_says_why(chosen):
+    with pytest.raises(tk.ConfigError, match="of the experts are tensors of three dimensions, no linear layers"):
+        targets.select(experts("Mixtral"), chosen)
+
+
+# Ends of blocks ------------------------------------------------------------------------------------------------------
+
+USUAL = ["mlp.down_proj", "self_attn.o_proj"]
+ENDS = {
+    "Llama": USUAL,
+    "Mistral": USUAL,
+    "Qwen2": USUAL,
+    "Gemma": USUAL,
+    "Phi": ["mlp.fc2", "self_attn.dense"],
+    "GPT2": ["attn.c_proj", "mlp.c_proj"],
+    "OPT": ["fc2", "self_attn.out_proj"],
+    "Bloom": ["mlp.dense_4h_to_h", "self_attention.dense"],
+    "T5ForConditionalGeneration": ["DenseReluDense.wo", "EncDecAttention.o", "SelfAttention.o"],
+    "BertForSequenceClassification": ["attention.output.dense", "output.dense"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES | ENCODERS)
+def test_every_block_has_one_end(family):
+    model = build(family)
+    ends = targets.ends(model, ("attention", "mlp"))
+    # Two layers of two blocks each; a decoder that attends to an encoder has three, beside the encoder's two.
+    assert len(ends) == (10 if family.startswith("T5") else 4)
+    assert ends == [name for name in targets.linear_layers(model) if name in ends]
+    assert all(any(name.endswith(f".{end}") for end in ENDS[family]) for name in ends)
+    assert all(any(name.endswith(f".{end}") for name in ends) for end in ENDS[family])
+    feedforward = set(targets.select(model, "mlp"))
+    assert targets.ends(model, ("mlp",)) == [name for name in ends if name in feedforward]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_block_of_experts_has_no_end(family):
+    with pytest.raises(tk.ConfigError, match="cannot tell what ends a block of experts: down_proj, gate_up_proj of"):
+        targets.ends(experts(family), ("attention", "mlp"))
+    assert len(targets.ends(experts(family), ("attention",))) == 2
+
+
+def test_both_layers_of_bert_are_told_apart_where_they_have_one_width():
+    import torch
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        model = BertModel(BertConfig(**SMALL, intermediate_size=32))
+    assert targets.ends(model, ("mlp",)) == ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"]

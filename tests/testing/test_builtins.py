@@ -20,6 +20,7 @@ ADAPTERS = (
     tk.LoKr(rank=2, dropout=0.1),
     tk.Full(),
     tk.LastLayers(count=1),
+    tk.Bottleneck(size=4),
     tk.AdaLoRA(initial_rank=6, target_rank=2, interval=2),
 )
 QUANTIZERS = (tk.NF4(), tk.NF4(double_quantization=False), tk.Int8())
@@ -38,7 +39,13 @@ def test_conformance(component, check):
 
 
 @parametrize(
-    tk.LoRA(rank=4, bias="all"), tk.IA3(), tk.Full(), tk.LastLayers(count=1), tk.Perplexity(), architecture="gpt2"
+    tk.LoRA(rank=4, bias="all"),
+    tk.IA3(),
+    tk.Full(),
+    tk.LastLayers(count=1),
+    tk.Bottleneck(size=4, placement="pfeiffer", activation="silu"),
+    tk.Perplexity(),
+    architecture="gpt2",
 )
 def test_conformance_on_another_architecture(component, check):
     check(component)

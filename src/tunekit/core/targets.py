@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,37 @@ MLP = frozenset(
 """What they call the block after it; BERT's two halves are `intermediate` and `output`."""
 MLP_LAYERS = frozenset(("fc1", "fc2"))
 """Where there is no such block (OPT, BART), what its two layers are called."""
-HEADS = frozenset(("lm_head", "score", "classifier", "classification_head", "qa_outputs", "embed_out", "v_head"))
+ENDS = frozenset(
+    (
+        "o_proj",
+        "out_proj",
+        "c_proj",
+        "dense",
+        "o",
+        "out_lin",
+        "down_proj",
+        "fc2",
+        "dense_4h_to_h",
+        "wo",
+        "w2",
+        "lin2",
+        "fc_out",
+    )
+)
+"""What they call the linear layer that ends such a block."""
+HEADS = frozenset(
+    (
+        "lm_head",
+        "cls",
+        "predictions",
+        "score",
+        "classifier",
+        "classification_head",
+        "qa_outputs",
+        "embed_out",
+        "v_head",
+    )
+)
 """What output heads are called, besides what a model itself answers."""
 
 
@@ -46,9 +77,13 @@ def select(model: nn.Module, targets: str | Collection[str], where: str = "targe
             expression that a linear layer's whole name must match, never an output head.
         where: what the error is about.
 
+    Experts whose weights are one tensor of three dimensions are no linear layers, and are not selected: a warning says
+    so where the group would lead one to think otherwise.
+
     Raises:
         ConfigError: something is selected by none of the targets, by one of the names, or by the expression.
     """
+    fused = _fused(model)
     if not isinstance(targets, str):
         names = [
             name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
@@ -56,7 +91,9 @@ def select(model: nn.Module, targets: str | Collection[str], where: str = "targe
         found = {target: [name for name in names if ends_with(name, target)] for target in targets}
         for target, matched in found.items():
             if not matched:
-                raise ConfigError(f"no module is named {target!r}{did_you_mean(target, _short(names))}", where)
+                stray = [name for name in fused if ends_with(name, target)]
+                hint = f"; {_experts(stray)}" if stray else did_you_mean(target, _short(names))
+                raise ConfigError(f"no module is named {target!r}{hint}", where)
         chosen = {name for matched in found.values() for name in matched}
         if not chosen:
             raise ConfigError("names no module; leave the default, or name some", where)
@@ -68,8 +105,10 @@ def select(model: nn.Module, targets: str | Collection[str], where: str = "targe
     if targets in ("all-linear", "attention", "mlp"):
         chosen_names = [name for name in names if targets in ("all-linear", _block(name))]
         if not chosen_names:
-            kind = type(model).__name__
-            raise ConfigError(f"cannot tell which layers of {kind} are {targets!r}{there}; name them", where)
+            kind, hint = type(model).__name__, f"; {_experts(fused)}" if fused else ""
+            raise ConfigError(f"cannot tell which layers of {kind} are {targets!r}{there}; name them{hint}", where)
+        if fused and targets != "attention":
+            warnings.warn(f"{where}: {targets!r} leaves the experts as they are: {_experts(fused)}", stacklevel=2)
         return chosen_names
     try:
         pattern = re.compile(targets)
@@ -83,6 +122,38 @@ def select(model: nn.Module, targets: str | Collection[str], where: str = "targe
     if not set(matching) - heads:
         raise ConfigError(f"{targets!r} matches only the output head; if it is meant, name it in a tuple", where)
     return [name for name in matching if name not in heads]
+
+
+def ends(model: nn.Module, blocks: Iterable[str], where: str = "targets") -> list[str]:
+    """The full names of the linear layers that end the blocks of `model`, one for each block, in the model's order.
+
+    Args:
+        model: on any device; the meta device will do.
+        blocks: "attention" (attention to an encoder is a block by itself), "mlp", or both.
+        where: what the error is about.
+
+    Raises:
+        ConfigError: there is no such block, or none or several of its layers have the name and the width of an end.
+    """
+    config = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if config else None, "hidden_size", None)
+    layers, found = linear_layers(model), set()
+    for block in blocks:
+        if block == "mlp" and (fused := _fused(model)):
+            raise ConfigError(f"cannot tell what ends a block of experts: {_experts(fused)}; name others", where)
+        units: dict[str, list[str]] = {}
+        for name in select(model, block, where):
+            units.setdefault(_unit(name), []).append(name)
+        for unit, within in units.items():
+            last = [name for name in within if _ends_block(name) and width in (None, _width(layers[name]))]
+            if len(last) != 1:
+                raise ConfigError(
+                    f"cannot tell which layer ends the {block} block in {unit}, out of {', '.join(within)}; name those "
+                    "of all layers",
+                    where,
+                )
+            found.update(last)
+    return [name for name in layers if name in found]
 
 
 def of_layers(names: Iterable[str], layers: Collection[int], where: str = "layers") -> list[str]:
@@ -141,6 +212,26 @@ def _block(name: str) -> str:
     return "mlp" if MLP.intersection(parents) or last in MLP_LAYERS else ""
 
 
+def _unit(name: str) -> str:
+    """Where the block that a linear layer lies in is, or the layer of the model that has no such block."""
+    parts = name.split(".")
+    for at, part in enumerate(parts[:-1]):
+        if part in ATTENTION:
+            return ".".join(parts[: at + 1])
+    at = next((at for at, part in enumerate(parts) if part in MLP), -1)
+    return ".".join(parts[:at])
+
+
+def _ends_block(name: str) -> bool:
+    *parents, last = name.split(".")
+    return last in ENDS and "intermediate" not in parents  # BERT calls both of its layers `dense`
+
+
+def _width(layer: Any) -> int:
+    """How many features come out of a linear layer."""
+    return int(layer.nf if hasattr(layer, "nf") else layer.out_features)
+
+
 def _heads(model: nn.Module) -> set[str]:
     head = _call(model, "get_output_embeddings")
     return {
@@ -148,6 +239,21 @@ def _heads(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if (head is not None and module is head) or HEADS.intersection(name.split("."))
     }
+
+
+def _fused(model: nn.Module) -> list[str]:
+    """The weights of experts that are one tensor for all of them, by their full names."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] != "torch"  # a convolution's are not meant
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+
+
+def _experts(fused: Collection[str]) -> str:
+    return f"{', '.join(_short(fused))} of the experts are tensors of three dimensions, no linear layers"
 
 
 def _short(names: Iterable[str]) -> list[str]:

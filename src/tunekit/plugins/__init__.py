@@ -19,6 +19,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("adapter", "lokr", "tunekit.plugins.adapters.lokr:LoKr"),
     Lazy("adapter", "full", "tunekit.plugins.adapters.full:Full"),
     Lazy("adapter", "last-layers", "tunekit.plugins.adapters.last_layers:LastLayers"),
+    Lazy("adapter", "bottleneck", "tunekit.plugins.adapters.bottleneck:Bottleneck"),
     Lazy("adapter", "adalora", "tunekit.plugins.adapters.adalora:AdaLoRA"),
     Lazy("adapter", "qlora", "tunekit.plugins.adapters.qlora:QLoRA"),
     Lazy("quantizer", "nf4", "tunekit.plugins.quantizers.nf4:NF4"),

@@ -188,6 +188,22 @@ PUBLISHED = {
         4_718_592,
         None,
     ),
+    **{
+        f"LoRA, arXiv 2106.09685, AdapterH, {printed}M: GPT-3": (
+            GPT_3,
+            tk.Bottleneck(size=size),
+            count,
+            None,
+        )
+        for printed, size, count in ((7.1, 1, 7_078_080), (21.2, 4, 21_234_432), (40.1, 8, 40_109_568))
+    },
+    "LoRA, arXiv 2106.09685, AdapterH, 0.8M: RoBERTa-large": (ROBERTA_LARGE, tk.Bottleneck(size=8), 835_968, None),
+    "LoRA, arXiv 2106.09685, AdapterP, 0.8M: RoBERTa-large": (
+        ROBERTA_LARGE,
+        tk.Bottleneck(size=16, placement="pfeiffer"),
+        811_392,
+        None,
+    ),
     "PEFT lora.md: ViT-base, 101 labels": (
         VIT,
         tk.LoRA(rank=16, targets=QV, trained_modules=("classifier",)),
