@@ -33,6 +33,8 @@ ORDER = [
     "core.dataset",
     # the model and what is done with it
     "core.model",
+    "core.fingerprint",
+    "core.template_contract",
     "core.dequantize",
     "core.targets",
     "core.trained_tensors",

@@ -87,7 +87,7 @@ def test_a_state_that_would_run_code_does_not(tmp_path):
     sentinel = tmp_path / "sentinel"
     torch.save({"trainer": Payload(sentinel)}, place / checkpoint.STATE)
     manifest = json.loads((place / checkpoint.MANIFEST).read_text())
-    manifest["sha256"][checkpoint.STATE] = checkpoint._sha256(place / checkpoint.STATE)
+    manifest["sha256"][checkpoint.STATE] = checkpoint.sha256(place / checkpoint.STATE)
     (place / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(TrainingError, match="holds more than plain values and tensors"):
         checkpoint.newest(tmp_path / "checkpoints")

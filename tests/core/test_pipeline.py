@@ -239,7 +239,8 @@ def test_an_adapter_says_what_it_needs_to_be_used(finished):
     stated = json.loads((run.directory / "adapter" / "tunekit.json").read_text())
     assert stated["component"] == "adapter/lora"
     assert stated["distribution"] == "tunekit"
-    assert stated["model"] == pipeline.model
+    assert stated["adapter"] == pipeline.to_dict()["adapter"]
+    assert (stated["base"]["model"], stated["base"]["revision"]) == (Path(pipeline.model).name, None)
     assert "<|im_start|>" in stated["template"]
 
 

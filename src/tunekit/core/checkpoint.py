@@ -76,7 +76,7 @@ def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]
     parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
     save_file(parameters, scratch / PARAMETERS)
     torch.save(dict(state), scratch / STATE)
-    digests = {name: _sha256(scratch / name) for name in (PARAMETERS, STATE)}
+    digests = {name: sha256(scratch / name) for name in (PARAMETERS, STATE)}
     (scratch / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")
     for file in scratch.iterdir():
         _flush(file)
@@ -107,7 +107,7 @@ def is_whole(place: Path) -> bool:
     """Whether every file of the checkpoint is there, byte for byte as it was written."""
     try:
         digests = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        return all(_sha256(place / name) == digest for name, digest in digests.items())
+        return all(sha256(place / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -145,7 +145,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

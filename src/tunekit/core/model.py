@@ -106,21 +106,53 @@ class Base:
             )
         return model.eval()
 
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that its weights are in; none where the repository has none."""
+        from transformers.utils import cached_file
+
+        def find(name: str) -> Path:
+            return Path(str(cached_file(self._source, name, revision=self.revision or "main")))
+
+        try:
+            return [find("model.safetensors")]
+        except OSError:
+            pass
+        try:
+            index = json.loads(find("model.safetensors.index.json").read_text(encoding="utf-8"))
+        except OSError:
+            return []
+        return [find(name) for name in sorted(set(index["weight_map"].values()))]
+
+    @property
+    def label(self) -> str:
+        """What to call it in files that others read: its id, or of a directory the last name, without the way there."""
+        return label_of(self.model)
+
+    @property
+    def _source(self) -> str:
+        """The directory if there is one, else the Hub id."""
+        return str(self._path) if self._path.is_dir() else self.model
+
     @property
     def _path(self) -> Path:
         return Path(resolve(self.model)).expanduser()
 
     def _load(self, auto: Any, **options: Any) -> Any:
         """`from_pretrained` of one of transformers' Auto classes, from the directory if there is one, else the Hub."""
-        source = str(self._path) if self._path.is_dir() else self.model
         try:
             with no_progress_bars():
                 return auto.from_pretrained(
-                    source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
+                    self._source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
                 )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load {self.model!r}: {reason}", "Pipeline.model") from error
+
+
+def label_of(model: str) -> str:
+    """A model's id; of a local directory the last name, since the way there is of one machine only."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
 
 
 def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Context) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tunekit.core import targets
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import label_of
 from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class PeftMethod(AdapterMethod):
                 wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"{error}", self.name) from error
-        # PEFT notes the path the base was loaded from; the user's own name for it holds on other machines too.
-        config.base_model_name_or_path = context.model_id
+        # PEFT notes the path the base was loaded from, which others have not, and no revision at all.
+        config.base_model_name_or_path = label_of(context.model_id)
+        config.revision = getattr(model.config, "_commit_hash", None)
         return wrapped
 
     def place(self, config: PeftConfig, model: PreTrainedModel) -> None:
@@ -95,9 +97,12 @@ class PeftMethod(AdapterMethod):
 
         try:
             with _quiet():
-                return PeftModel.from_pretrained(model, directory)
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
+                loaded = PeftModel.from_pretrained(model, directory)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
+        _check_names(loaded, directory)
+        return loaded
 
     def merge(self, model: PeftModel, context: Context) -> PreTrainedModel:
         """A plain model: the product of the adapter added in float32 to a copy of the base, then cast once."""
@@ -106,6 +111,23 @@ class PeftMethod(AdapterMethod):
         merged = copy.deepcopy(model)
         dtype = next(merged.base_model.parameters()).dtype
         return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+
+
+def _check_names(model: PeftModel, directory: Path) -> None:
+    """Raise ConfigError unless the model has all that is stored, and no more: PEFT at most warns of it."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    path = directory / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        stored = set(file.keys())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it thinks of the shapes: only names are asked for
+        needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if lacking := sorted(needed - stored):
+        raise ConfigError(f"it lacks {len(lacking)} tensors that the model needs: {lacking[0]}, ...", str(path))
+    if strange := sorted(stored - needed):
+        raise ConfigError(f"it has {len(strange)} tensors that fit nowhere: {strange[0]}, ...", str(path))
 
 
 @contextmanager

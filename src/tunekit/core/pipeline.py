@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, dataset, recipe
+from tunekit.core import adapter_files, dataset, fingerprint, recipe
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
@@ -198,13 +198,16 @@ class Pipeline:
         from transformers import set_seed
 
         began = time.monotonic()
+        known = fingerprint.fingerprint(self._base)
         base = load_base(self._base, self._quantizer, codec, context)
         evaluate = partial(measure, self.evaluators, tokenizer=codec.tokenizer, rows=data.validation, context=context)
         if log.resumed:
-            base_metrics = files.read_json(log.directory / files.START)["base_metrics"]
+            started = files.read_json(log.directory / files.START)
+            fingerprint.check_same(started["base"], known, f"the run in {log.directory}")
+            base_metrics = started["base_metrics"]
         else:
             base_metrics = evaluate(base)
-            start = {"base_metrics": base_metrics, "data": data.fingerprint}
+            start = {"base_metrics": base_metrics, "data": data.fingerprint, "base": known}
             files.write_json(log.directory / files.START, start)
 
         set_seed(self.seed)
@@ -227,7 +230,7 @@ class Pipeline:
             context=context,
         )
 
-        adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, self._base, codec)
+        adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, known, codec)
         metrics = evaluate(model)
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
         plain = self.adapter.attach(self._base.empty(), context) if self._quantizer else model
@@ -304,6 +307,7 @@ class Pipeline:
         """The tuned model of a finished run, or its base, fresh from disk and in the dtype of the run."""
         context = self._context(device=choose_device(self.device), dtype=_dtype_of(directory), directory=directory)
         codec = self._codec()
+        adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
         model: nn.Module = load_base(self._base, self._quantizer, codec, context)
         if tuned:
             model = self.adapter.load(model, directory / files.ADAPTER)
@@ -316,6 +320,7 @@ class Pipeline:
         trained = _dtype_of(directory)
         context = self._context(device=choose_device(self.device), dtype=trained, directory=directory)
         codec = self._codec()
+        adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
         base = load_base(self._base, self._quantizer, codec, context)
         base = dequantize(base, self._quantizer) if self._quantizer else base.float()
         context = attrs.evolve(context, quantization=None, dtype=dtype or trained)
