@@ -161,6 +161,10 @@ class Norms(AdapterMethod):
     supports = frozenset({"int8"})
     fault: str = ""
 
+    @property
+    def starts_as_base(self):
+        return self.fault != "says it moves"
+
     def attach(self, model, context):
         import torch
 

@@ -22,6 +22,8 @@ ADAPTERS = (
     tk.LastLayers(count=1),
     tk.Bottleneck(size=4),
     tk.AdaLoRA(initial_rank=6, target_rank=2, interval=2),
+    tk.PromptTuning(virtual_tokens=4),
+    tk.PrefixTuning(virtual_tokens=4),
 )
 QUANTIZERS = (tk.NF4(), tk.NF4(double_quantization=False), tk.Int8())
 TRAINERS = (
@@ -44,6 +46,8 @@ def test_conformance(component, check):
     tk.Full(),
     tk.LastLayers(count=1),
     tk.Bottleneck(size=4, placement="pfeiffer", activation="silu"),
+    tk.PromptTuning(),
+    tk.PrefixTuning(),
     tk.Perplexity(),
     architecture="gpt2",
 )

@@ -42,6 +42,7 @@ FAULTS = [
     (broken.Words, "memory", "is_stateless", "keep what belongs to one run in the model"),
     (broken.Norms, "moved", "starts_as_the_base", "start from zero"),
     (broken.Norms, "more logits", "starts_as_the_base", "cut off those of tokens"),
+    (broken.Norms, "says it moves", "starts_as_the_base", "leave starts_as_base at True"),
     (broken.Norms, "nothing", "base_is_frozen", "nothing is trainable"),
     (broken.Norms, "all and more", "base_is_frozen", r"call model.requires_grad_\(False\) first"),
     (broken.Norms, "writes", "base_is_frozen", "never write into base weights"),

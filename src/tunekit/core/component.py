@@ -19,6 +19,8 @@ class Context:
 
     Args:
         model_id: what the user wrote as the model: a Hub id, a directory, or `tunekit:tiny`.
+        revision: branch, tag or commit of a Hub model; None for the newest.
+        trust_remote_code: whether code in the model's repository may run.
         model_type: the architecture by transformers' name ("llama", "gpt2"); empty while unknown.
         seed: the seed of the run.
         device: "cpu", "cuda" or "cuda:1"; empty while it is not chosen.
@@ -30,6 +32,8 @@ class Context:
     """
 
     model_id: str
+    revision: str | None = None
+    trust_remote_code: bool = False
     model_type: str = ""
     seed: int = 0
     device: str = ""

@@ -12,7 +12,7 @@ import attrs
 from tunekit.core.batching import supervised_tokens
 from tunekit.core.codec import Codec
 from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
-from tunekit.errors import DataError
+from tunekit.errors import ConfigError, DataError
 
 
 @attrs.frozen(kw_only=True)
@@ -53,6 +53,7 @@ def load(
     codec: Codec,
     longest: int | None,
     seed: int,
+    taken: int = 0,
 ) -> Data:
     """Read, split and encode.
 
@@ -63,16 +64,26 @@ def load(
         codec: tokenizer and template.
         longest: the model's context length in tokens; None where it is unknown.
         seed: chooses which rows a share holds out.
+        taken: tokens of the context that the adapter method takes from every row.
 
     Raises:
+        ConfigError: the method takes the whole context.
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
     rows, held_out = split(source, validation, seed)
-    limit = min((bound for bound in (trainer.max_length, longest) if bound is not None), default=None)
+    room = None if longest is None else longest - taken
+    if room is not None and room < 2:  # a token to predict, and one to predict it from
+        raise ConfigError(
+            f"virtual_tokens={taken} leave no room in the model's context of {longest}", "Pipeline.adapter"
+        )
+    limit = min((bound for bound in (trainer.max_length, room) if bound is not None), default=None)
+    way_out = "Set max_length={longest} (within the model's context), or"
+    if taken and limit == room:
+        way_out = f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
     changed: Counter[str] = Counter()
     return Data(
-        train=_encode(rows, "train", trainer, codec, limit, changed),
-        validation=_encode(held_out, "validation", trainer, codec, limit, changed) if held_out else [],
+        train=_encode(rows, "train", trainer, codec, limit, way_out, changed),
+        validation=_encode(held_out, "validation", trainer, codec, limit, way_out, changed) if held_out else [],
         changed=dict(changed),
     )
 
@@ -123,6 +134,7 @@ def _encode(
     trainer: Trainer,
     codec: Codec,
     limit: int | None,
+    way_out: str,
     changed: Counter[str],
 ) -> list[Encoded]:
     kept: list[Encoded] = []
@@ -149,7 +161,7 @@ def _encode(
     if too_long and trainer.on_long == "error":
         raise DataError(
             f"{len(too_long)} rows of {split} are longer than {limit} tokens; the longest has {max(too_long)}. "
-            f"Set max_length={max(too_long)} (within the model's context), or on_long='truncate' or 'drop'"
+            f"{way_out.format(longest=max(too_long))} on_long='truncate' or 'drop'"
         )
     if not kept:
         raise DataError(f"no row of {split} is left to use: {dict(changed)}")

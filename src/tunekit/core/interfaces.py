@@ -79,8 +79,17 @@ class AdapterMethod(Component):
     kind: ClassVar[Literal["adapter"]] = "adapter"
     supports: ClassVar[frozenset[str]] = frozenset()
     """Quantization schemes it can train on; checked before anything is loaded."""
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: float = 2e-4
     """A good peak learning rate for it with AdamW; used where the trainer leaves its own open."""
+    starts_as_base: bool = True
+    """Whether the model predicts what its base does until the first step."""
+
+    def extra_tokens(self) -> int:
+        """Positions of the context it takes from every row, for virtual tokens. Default: none.
+
+        Asked before anything is loaded: ConfigError for fields that `check` cannot judge without a heavy import.
+        """
+        return 0
 
     def default_quantizer(self) -> Quantizer | None:
         """The quantizer used when the pipeline names none. Default: no quantization."""

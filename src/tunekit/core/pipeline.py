@@ -272,6 +272,8 @@ class Pipeline:
     ) -> Context:
         return Context(
             model_id=self.model,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
             model_type=self._base.model_type(),
             seed=self.seed,
             device=device or self.device or "",
@@ -286,7 +288,8 @@ class Pipeline:
         return Codec(self._base.tokenizer(), self.template)
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
-        data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed)
+        taken = self.adapter.extra_tokens()
+        data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, taken)
         if data.validation:
             for evaluator in self.evaluators:
                 evaluator.check_data(data.validation)

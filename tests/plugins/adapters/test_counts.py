@@ -129,6 +129,8 @@ MT0_LARGE = (
         "feed_forward_proj": "gated-gelu",
     },
 )
+T5_LARGE = ("T5", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16})
+BLOOMZ = ("Bloom", {"vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16})
 T0_3B = (
     "T5",
     {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu"},
@@ -219,6 +221,11 @@ PUBLISHED = {
     # The classifier, 768 * 101 + 101, is trained besides: these two methods do not offer that.
     "PEFT 0.7 to 0.13, lora_based_methods: ViT-base": (VIT, tk.LoHa(rank=16, targets=QV), 1_257_317 - 77_669, None),
     "PEFT lokr.md: ViT-base": (VIT, tk.LoKr(rank=16, targets=QV), 116_069 - 77_669, None),
+    "PEFT adalora.md: ViT-base": (VIT, tk.AdaLoRA(initial_rank=12, targets=QV), 520_325 - 77_669, None),
+    # 20 before the encoder and 20 before the decoder: as many numbers as 40 before a model without encoder.
+    "PEFT notebook: T5-large": (T5_LARGE, tk.PromptTuning(virtual_tokens=40), 40_960, 737_709_056),
+    "PEFT prefix_tuning.md: bloomz-560m": (BLOOMZ, tk.PrefixTuning(virtual_tokens=20), 983_040, 560_197_632),
+    "PEFT prefix tuning notebook: bloomz-560m": (BLOOMZ, tk.PrefixTuning(virtual_tokens=30), 1_474_560, 560_689_152),
 }
 """Source: (model, method, trained parameters, all parameters)."""
 
@@ -232,6 +239,10 @@ COMPUTED = {
     "IA3": (tk.IA3(), (614_400, 524_288, 524_288, 141_312, 645_120)),
     "LoHa of rank 8": (tk.LoHa(rank=8, targets=QV), (8_388_608, 6_815_744, 6_815_744, 1_081_344, 5_046_272)),
     "LoKr of rank 8": (tk.LoKr(rank=8, targets=QV), (327_680, 253_952, 253_952, 45_696, 163_072)),
+    "AdaLoRA of rank 12": (
+        tk.AdaLoRA(initial_rank=12, targets=QV),
+        (6_292_224, 5_112_576, 5_112_576, 811_584, 3_785_376),
+    ),
 }
 """As PEFT 0.21.2 prints them with its defaults, for the five models below."""
 FIVE = (LLAMA_2_7B, LLAMA_3_8B, MISTRAL_1, QWEN_HALF, QWEN_7B)
@@ -246,6 +257,8 @@ TOTALS = {
     "phi-1.5": (PHI, 1_418_270_720),
     "GPT-2": (GPT_2, 124_439_808),
     "opt-350m": (OPT_350M, 331_196_416),
+    "bloomz-560m": (BLOOMZ, 559_214_592),
+    "t5-large": (T5_LARGE, 737_668_096),
     "bert-base-cased": (BERT, 108_311_810),
     "mt0-large": (MT0_LARGE, 973_466_624),
     "T0-3B": (T0_3B, 2_783_959_040),
@@ -269,7 +282,7 @@ def empty(family, config):
 
 @functools.cache
 def counted(family, config, method):
-    return count_parameters(method.attach(empty(family, dict(config)), tk.Context(model_id="a/b")))
+    return count_parameters(method.attach(empty(family, dict(config)), tk.Context(model_id="a/b", total_steps=100)))
 
 
 def counts(model, method):
@@ -306,7 +319,23 @@ def test_full_fine_tuning_trains_what_the_model_card_says(name):
     assert counts(model, tk.Full()) == (total, total)
 
 
-METHODS = (tk.IA3(), tk.LoHa(), tk.LoKr(), tk.Full(), tk.LastLayers(count=1), tk.LoRA(variant="pissa", rank=4))
+TOTAL_WITH_LORA = (6_778_392_576, 8_072_204_288, 7_283_675_136, 502_830_976, 7_655_986_688)
+
+
+def test_all_parameters_with_lora_are_those_that_peft_prints():
+    assert tuple(counts(model, tk.LoRA(rank=16))[1] for model in FIVE) == TOTAL_WITH_LORA
+
+
+METHODS = (
+    tk.PromptTuning(),
+    tk.PrefixTuning(),
+    tk.IA3(),
+    tk.LoHa(),
+    tk.LoKr(),
+    tk.Full(),
+    tk.LastLayers(count=1),
+    tk.LoRA(variant="pissa", rank=4),
+)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
