@@ -28,6 +28,9 @@ ORDER = [
     # from rows to tokens to batches
     "core.schemas",
     "core.contract",
+    "core.template_process",
+    "core.template",
+    "core.tokens",
     "core.codec",
     "core.batching",
     "core.dataset",

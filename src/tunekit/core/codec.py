@@ -1,4 +1,4 @@
-"""From rows to tokens and back: the only file that knows chat templates and the loss mask.
+"""From rows to tokens and back: where chat templates and the loss mask are understood.
 
 Training, evaluation and generation all encode here, so what the model is asked in use is, token for token, what it was
 trained on. The mask is found from the template itself: an assistant's turn is what the template adds between "rendered
@@ -7,12 +7,14 @@ up to here, and now it is the assistant's turn" and "rendered with the turn". No
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tunekit.core import contract as contracts
+from tunekit.core.template import Job, Template
+from tunekit.core.tokens import Tokens
 from tunekit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,8 +32,20 @@ PLAIN_TEMPLATE = (
 )
 """Used where neither the user nor the model brings a chat template: "### User:" and "### Assistant:" headings."""
 
+AHEAD = 64
+"""Rows that are rendered at once."""
+
 Message = Mapping[str, Any]
 TrainOn = Literal["assistant", "last", "all"]
+
+
+class Turn(NamedTuple):
+    """Where an assistant's turn stands in a rendered conversation, or why it cannot be told from the rest."""
+
+    message: int
+    start: int
+    end: int
+    error: DataError | None
 
 
 class Codec:
@@ -53,6 +67,9 @@ class Codec:
             own = own.get("default")
         self.tokenizer = tokenizer
         self.template: str = template or own or PLAIN_TEMPLATE
+        self._template = Template(self.template, tokenizer.special_tokens_map)
+        self._tokens = Tokens(tokenizer)
+        self._checked = False
 
     def encode(self, example: Mapping[str, Any], train_on: TrainOn = "assistant") -> dict[str, list[int]]:
         """Tokens and labels of one row, each of shape (time,).
@@ -65,29 +82,53 @@ class Codec:
 
         Raises:
             DataError: the row has nothing to train on, or the template cannot be trained on with this row.
+            ConfigError: the template takes too long, or the tokenizer joins its headings with answers.
         """
         if "text" in example:
-            ids = self._text_ids(example["text"])
+            ids = self._tokens.whole_text(example["text"])
             return {"input_ids": ids, "labels": list(ids)}
+        self._check_template()
         messages, tools = example["messages"], example.get("tools")
-        if train_on == "all":
-            ids = self._with_bos(self._ids(self._render(self._neutral(messages), tools)))
-            if not self._special_ids & set(ids):
-                ids = [*ids, self.tokenizer.eos_token_id]
-            return {"input_ids": ids, "labels": list(ids)}
-        return self._encode_turns(messages, tools, last_only=train_on == "last")
+        text, turns = self._rendered(messages, tools)
+        ids, labels = [], []
+        trained = _trained(messages, turns, train_on)
+        for piece, turn in self._pieces(text, turns):
+            learned = piece if train_on == "all" else [IGNORED] * len(piece)
+            ids += piece
+            labels += self._through_end_token(piece) if turn in trained else learned
+        if (train_on == "all" or turns[-1].message in trained) and not self._tokens.special_ids & set(labels):
+            # The template marks no end: without one the model would never stop.
+            ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
+        whole = self._tokens.with_bos(ids)
+        begin = whole[: len(whole) - len(labels)]
+        return {"input_ids": whole, "labels": (begin if train_on == "all" else [IGNORED] * len(begin)) + labels}
+
+    def ahead(self, examples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """The same rows in the same order, about to be encoded: they are rendered many at a time, which is faster."""
+        rest = iter(examples)
+        while some := list(islice(rest, AHEAD)):
+            talks = [row for row in some if "messages" in row]
+            self._template.render_ahead(self._jobs(row["messages"], row.get("tools"), False) for row in talks)
+            yield from some
 
     def prompt(self, messages: Sequence[Message] | str, tools: Any = None) -> list[int]:
-        """Tokens of a conversation up to where the assistant begins to speak; a string is one user message."""
+        """Tokens of a conversation up to where the assistant begins to speak; a string is one user message.
+
+        Exactly the tokens that stand before that answer in a training row: earlier answers are cut off there, too.
+        """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self._with_bos(self._ids(self._render(self._neutral(messages), tools, begin_answer=True)))
+        text, turns = self._rendered(messages, tools, begin_answer=True)
+        return self._tokens.with_bos([token for piece, _ in self._pieces(text, turns) for token in piece])
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the tokenizer's end token, and what the template puts after a turn."""
         probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-        labels = self.encode({"messages": probe})["labels"]
+        try:
+            labels = self.encode({"messages": probe})["labels"]
+        except DataError:  # of a template that wants more than a question and an answer
+            return (self.tokenizer.eos_token_id,)
         last = next(label for label in reversed(labels) if label != IGNORED)
         return tuple(dict.fromkeys((self.tokenizer.eos_token_id, last)))
 
@@ -98,11 +139,9 @@ class Codec:
         `prompt_ids` (its tokens); the last two are None for a template that refuses that conversation.
         """
         for messages in (contracts.GOLDEN, contracts.GOLDEN[-1:]):
-            try:
-                text = self._render(messages, None, begin_answer=True)
-            except DataError:  # of a template for single questions, or for conversations that begin otherwise
-                continue
-            return contracts.contract(self.template, text, self.prompt(messages))
+            text = self._template.render(messages, None, [(len(messages), True)])[0]
+            if isinstance(text, str):  # else it is for single questions, or for conversations that begin otherwise
+                return contracts.contract(self.template, text, self.prompt(messages))
         return contracts.contract(self.template, None, None)
 
     def check_contract(self, saved: Mapping[str, Any]) -> None:
@@ -115,170 +154,134 @@ class Codec:
         assert isinstance(text, str)
         return text
 
-    def _encode_turns(self, messages: Sequence[Message], tools: Any, last_only: bool) -> dict[str, list[int]]:
-        messages = self._neutral(messages)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        trained = [i for i in (turns[-1:] if last_only else turns) if _is_trained(messages[i])]
-        if not trained:
-            raise DataError("no assistant turn to train on (messages)")
-        full = self._render(messages, tools)
-        ids: list[int] = []
-        labels: list[int] = []
-        done = 0
-        for start, end in self._spans(messages, tools, trained, full):
-            # Before the answer: exactly what `prompt` gives, so training and use agree token for token.
-            before = self._continue(ids, full[:done], full[done:start])
-            ids, labels = ids + before, labels + [IGNORED] * len(before)
-            answer = self._continue(ids, full[:start], full[start:end])
-            supervised = self._through_end_token(answer)
-            ids, labels = ids + answer, labels + supervised
-            done = end
-        rest = self._continue(ids, full[:done], full[done:])
-        ids, labels = ids + rest, labels + [IGNORED] * len(rest)
-        if not self._special_ids & set(labels):
-            # The template marks no end: without one the model would never stop.
-            ids, labels = [*ids, self.tokenizer.eos_token_id], [*labels, self.tokenizer.eos_token_id]
-        whole = self._with_bos(ids)
-        return {"input_ids": whole, "labels": [IGNORED] * (len(whole) - len(labels)) + labels}
+    def _jobs(self, messages: Sequence[Message], tools: Any, begin_answer: bool) -> tuple[Any, Any, list[Job]]:
+        """What to render: the conversation, and for each answer what stands before it and what ends with it."""
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        jobs = [(len(messages), begin_answer), *(job for at in answers for job in ((at, True), (at + 1, False)))]
+        return self._tokens.neutral(messages), self._tokens.neutral(tools), jobs
 
-    def _spans(
-        self, messages: Sequence[Message], tools: Any, turns: Sequence[int], full: str
-    ) -> Iterator[tuple[int, int]]:
-        """Where in `full` each turn stands: from where generation would begin to the end of the rendered turn."""
+    def _rendered(self, messages: Sequence[Message], tools: Any, begin_answer: bool = False) -> tuple[str, list[Turn]]:
+        """The text of a conversation, and where the assistant's turns stand in it.
+
+        A turn is what the template adds between "rendered up to here, and now it is the assistant's turn" and "rendered
+        with the turn". DataError if the template refuses the conversation.
+        """
+        messages, tools, jobs = self._jobs(messages, tools, begin_answer)
+        full, *parts = self._template.render(messages, tools, jobs)
+        places = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if isinstance(full, DataError):
+            raise full
+        pairs = zip(places, parts[::2], parts[1::2], strict=True)
+        return full, [self._turn(messages, tools, at, full, *pair) for at, *pair in pairs]
+
+    def _turn(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        at: int,
+        full: str,
+        before: str | DataError,
+        through: str | DataError,
+    ) -> Turn:
+        if isinstance(before, DataError):
+            return Turn(at, 0, 0, before)
+        if isinstance(through, DataError):
+            return Turn(at, 0, 0, through)
+        return Turn(at, len(before), len(through), self._fault(messages, tools, at, full, before, through))
+
+    def _fault(
+        self, messages: Sequence[Message], tools: Any, at: int, full: str, before: str, through: str
+    ) -> DataError | None:
+        """Why a turn cannot be trained on as it is rendered; None if it can."""
+        if not through.startswith(before):
+            return DataError(
+                "the chat template begins an answer differently in use than in training, so the model would be "
+                f"asked what it never saw: in use {before[-40:]!r}, in training "
+                f"{through[max(0, len(before) - 40) : len(before) + 20]!r}; give the pipeline another template"
+            )
+        if not full.startswith(through):
+            return DataError(
+                "the chat template rewrites an earlier turn when later ones follow, so it cannot be trained as it "
+                "was said; train on the last turn only (train_on='last')"
+            )
+        content = str(messages[at].get("content") or "").strip()
+        if through[len(before) :].lstrip().startswith(content):
+            return None
+        if before == self._template.render(messages, tools, [(at, False)])[0]:
+            return DataError(
+                "the chat template ignores add_generation_prompt, so the heading of the answer would be trained "
+                "as if the model had said it; give the pipeline a template that honours it"
+            )
+        return None
+
+    def _pieces(self, text: str, turns: Sequence[Turn]) -> Iterator[tuple[list[int], int | None]]:
+        """Tokens of `text` turn by turn, each with the number of its message, or None between the assistant's turns.
+
+        Turns that the template has rewritten are not told from what surrounds them, in training and in use alike.
+        """
+        cuts, numbers = [0], []
         for turn in turns:
-            before = self._render(messages[:turn], tools, begin_answer=True)
-            through = self._render(messages[: turn + 1], tools) if turn + 1 < len(messages) else full
-            if not through.startswith(before):
-                raise DataError(
-                    "the chat template begins an answer differently in use than in training, so the model would be "
-                    f"asked what it never saw: in use {before[-40:]!r}, in training "
-                    f"{through[max(0, len(before) - 40) : len(before) + 20]!r}; give the pipeline another template"
-                )
-            if not full.startswith(through):
-                raise DataError(
-                    "the chat template rewrites an earlier turn when later ones follow, so it cannot be trained as it "
-                    "was said; train on the last turn only (train_on='last')"
-                )
-            content = messages[turn].get("content") or ""
-            if before == self._render(messages[:turn], tools) and not through[len(before) :].lstrip().startswith(
-                content.strip()
-            ):
-                raise DataError(
-                    "the chat template ignores add_generation_prompt, so the heading of the answer would be trained "
-                    "as if the model had said it; give the pipeline a template that honours it"
-                )
-            yield len(before), len(through)
+            if turn.error is None and turn.start >= cuts[-1]:
+                cuts += [turn.start, turn.end]
+                numbers += [None, turn.message]
+        pieces = self._tokens.pieces(text, [*cuts, len(text)])
+        return zip(pieces, [*numbers, None], strict=True)
 
     def _through_end_token(self, answer: Sequence[int]) -> list[int]:
         """Labels of a rendered answer: all of it up to its last special token; a line break after it is layout."""
-        ends = [at for at, token in enumerate(answer) if token in self._special_ids]
+        ends = [at for at, token in enumerate(answer) if token in self._tokens.special_ids]
         supervised = ends[-1] + 1 if ends else len(answer)
         return [*answer[:supervised], *[IGNORED] * (len(answer) - supervised)]
 
-    def _render(self, messages: Sequence[Message], tools: Any, begin_answer: bool = False) -> str:
-        from jinja2 import TemplateError
+    def _check_template(self) -> None:
+        """Raise ConfigError if the tokenizer joins the template's heading of an answer with the answer itself.
 
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=begin_answer,
-            )
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses this conversation: {error} (messages)") from None
-        assert isinstance(text, str)
-        return text
-
-    def _neutral(self, messages: Sequence[Message]) -> list[Message]:
-        """`messages` with control tokens inside contents replaced by placeholders, which `_ids` spells out as text.
-
-        Without this, a user who writes `<|im_end|>` would end the turn (and a row could train the model to be fooled).
+        The model would be asked with other tokens than it was trained with by whoever tokenizes a conversation whole.
+        Checked once, with answers that begin as most do. One that begins with white space may still be joined: it is
+        cut, in training and in use.
         """
-        return [
-            _map_strings(message, lambda text: self._special_pattern.sub(self._placeholder, text))
-            for message in messages
-        ]
+        if self._checked:
+            return
+        self._checked = True
+        for answer in ("Yes.", "7", "a b"):
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] * 2
+            for probe in (messages, messages[:2]):
+                try:
+                    text, turns = self._rendered(probe, None)
+                except DataError:  # of a template that wants other turns; rows will tell
+                    continue
+                self._check_borders(text, [turn for turn in turns if turn.error is None])
+                break
 
-    def _placeholder(self, match: re.Match[str]) -> str:
-        return f"\ue000{self._special_tokens.index(match.group())}\ue001"
-
-    def _ids(self, text: str) -> list[int]:
-        """Tokens of rendered text, without any added by the tokenizer itself."""
-        first, *others = re.split("\ue000(\\d+)\ue001", text)
-        ids = self._encode(first)
-        for number, text_after in zip(others[::2], others[1::2], strict=True):
-            ids += self._inner(self._special_tokens[int(number)], spell_out=True) + self._inner(text_after)
-        return ids
-
-    def _continue(self, ids: Sequence[int], before: str, text: str) -> list[int]:
-        """Tokens of `text` as they follow `ids`, the tokens of `before`: tokenized jointly wherever that is possible.
-
-        Where a token would straddle the border, `text` is tokenized on its own, as the model will have to write it.
-        """
-        if not text:
-            return []
-        joint = self._ids(before + text)
-        if joint[: len(ids)] == list(ids):
-            return joint[len(ids) :]
-        return self._inner(text) if "\ue000" not in text else self._ids(text)
-
-    def _inner(self, text: str, spell_out: bool = False) -> list[int]:
-        """Tokens of `text` in the middle of a sequence: without the blank that some tokenizers put before a text."""
-        if not text:
-            return []
-        for anchor in ("\n", "a", "."):
-            left, both = self._encode(anchor, spell_out), self._encode(anchor + text, spell_out)
-            if both[: len(left)] == left:
-                return both[len(left) :]
-        return self._encode(text, spell_out)
-
-    def _encode(self, text: str, spell_out: bool = False) -> list[int]:
-        # verbose: how long a row may be is checked, and said, where all rows are known.
-        options = {"add_special_tokens": False, "split_special_tokens": spell_out, "verbose": False}
-        return list(self.tokenizer.encode(text, **options))
-
-    def _text_ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer.encode(text, verbose=False))
-        end = self.tokenizer.eos_token_id
-        return ids if ids and ids[-1] == end else [*ids, end]
-
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        """`ids` beginning with exactly one BOS if the tokenizer begins texts with one."""
-        return (
-            [self.tokenizer.bos_token_id, *ids] if self._wants_bos and ids[:1] != [self.tokenizer.bos_token_id] else ids
-        )
-
-    @cached_property
-    def _wants_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and list(self.tokenizer.encode("x"))[:1] == [bos]
-
-    @cached_property
-    def _special_tokens(self) -> list[str]:
-        added = self.tokenizer.added_tokens_decoder.values()
-        names = {str(token.content) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return sorted(names, key=len, reverse=True)
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.convert_tokens_to_ids(self._special_tokens))
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._special_tokens)))
+    def _check_borders(self, text: str, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            prompt, whole = self._tokens.ids(text[: turn.start]), self._tokens.ids(text[: turn.end])
+            if whole[: len(prompt)] != prompt:
+                at = next(at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+                asked, trained = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (prompt, whole))
+                raise ConfigError(
+                    "the tokenizer joins the end of the chat template's heading with the beginning of the answer: "
+                    f"after {text[max(0, turn.start - 30) : turn.start]!r} an answer {text[turn.start :][:10]!r} "
+                    f"follows, and in use the prompt ends in the tokens {asked}, where the whole conversation has "
+                    f"{trained}; let the heading end before its last white space",
+                    "Pipeline.template",
+                )
+        if [token for piece, _ in self._pieces(text, turns) for token in piece] != self._tokens.ids(text):
+            self._tokens.use_anchors = False  # a tokenizer that does not cut text at control tokens first
 
 
-def _is_trained(message: Message) -> bool:
-    return message.get("weight", 1) != 0 and message.get("train", True) is not False
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) if key != "role" else item for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, change) for item in value]
-    return value
+def _trained(messages: Sequence[Message], turns: Sequence[Turn], train_on: TrainOn) -> set[int]:
+    """The numbers of the messages to train on; DataError if there is none, or one that cannot be trained on."""
+    if train_on == "all":
+        return set()
+    chosen = [
+        turn
+        for turn in (turns[-1:] if train_on == "last" else turns)
+        if messages[turn.message].get("weight", 1) != 0 and messages[turn.message].get("train", True) is not False
+    ]
+    if not chosen:
+        raise DataError("no assistant turn to train on (messages)")
+    for turn in chosen:
+        if turn.error:
+            raise turn.error
+    return {turn.message for turn in chosen}

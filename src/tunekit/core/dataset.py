@@ -139,7 +139,7 @@ def _encode(
 ) -> list[Encoded]:
     kept: list[Encoded] = []
     too_long: list[int] = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(codec.ahead(rows), start=1):
         try:
             encoded = trainer.encode(row, codec)
         except DataError as error:
