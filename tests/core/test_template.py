@@ -195,3 +195,9 @@ def test_where_no_process_can_be_started_the_error_says_so(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(ConfigError, match="cannot start the process that renders chat templates"):
         module.Helper().ask([], Template(CHATML, {}))
+
+
+def test_a_process_that_does_not_come_up_is_an_error_and_no_wait(monkeypatch):
+    monkeypatch.setattr(module, "__file__", "/no/such/folder/template.py")
+    with pytest.raises(ConfigError, match="does not start"):
+        module.Helper().ask([], Template(CHATML, {}))

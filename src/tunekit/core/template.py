@@ -21,6 +21,8 @@ from tunekit.errors import ConfigError, DataError
 SECONDS = 10.0
 """How long the renderings of one row may take; they take less than a millisecond."""
 
+START = 60.0
+"""How long the process may take to start."""
 IDLE = 60.0
 """After so many seconds without a request the process ends: there is none while a model trains."""
 TICK = 0.1
@@ -93,15 +95,16 @@ class Helper:
     def ask(self, rows: Sequence[str], template: Template) -> dict[str, Any]:
         """Its answer about some conversations; `{"stopped": why}` if there is none in time."""
         with self._asking:
-            self._set_clock(template.seconds)
+            self._set_clock(START)
             process = self._running(template.seconds)
             new = {} if template.sha256 in self._known else {"template": {template.sha256: template.text}}
             about = json.dumps({"key": template.sha256, "tokens": template.tokens, **new}, default=str)
             line = f'{about[:-1]}, "rows": [{", ".join(rows)}]}}\n'.encode("ascii")
             answer = b""
+            assert process.stdin
+            assert process.stdout
+            self._set_clock(template.seconds)
             try:
-                assert process.stdin
-                assert process.stdout
                 process.stdin.write(line)
                 process.stdin.flush()
                 answer = process.stdout.readline()
@@ -148,6 +151,17 @@ class Helper:
             raise ConfigError(f"cannot start the process that renders chat templates: {error}") from None
         self._process, self._known, self._late = process, set(), False
         threading.Thread(target=self._watch, args=(process,), daemon=True, name="tunekit-template-clock").start()
+        ready = b""
+        try:
+            assert process.stdout
+            ready = process.stdout.readline()
+        finally:
+            if not ready:
+                self._end(process)
+        if not ready:
+            raise ConfigError(
+                f"the process that renders chat templates does not start (exit code {process.returncode})"
+            )
         return process
 
     def _set_clock(self, seconds: float) -> None:
