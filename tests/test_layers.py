@@ -37,7 +37,6 @@ ORDER = [
     # the model and what is done with it
     "core.model",
     "core.fingerprint",
-    "core.template_contract",
     "core.dequantize",
     "core.targets",
     "core.trained_tensors",
@@ -49,6 +48,8 @@ ORDER = [
     "core.run",
     "core.adapter_files",
     "core.plan",
+    "core.model_card",
+    "core.export",
     "core.result",
     # where all meet
     "core.pipeline",

@@ -28,6 +28,7 @@ from .core.run import RunLog as RunLog
 from .errors import AmbiguousComponent as AmbiguousComponent
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
+from .errors import ExportError as ExportError
 from .errors import NotSupported as NotSupported
 from .errors import PluginError as PluginError
 from .errors import PluginWarning as PluginWarning

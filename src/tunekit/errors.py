@@ -47,5 +47,9 @@ class TrainingError(TunekitError, RuntimeError):
     """Training went wrong in a way that would have produced a silently bad result."""
 
 
+class ExportError(TunekitError, RuntimeError):
+    """What was written is not the model that was merged; says what differs. Nothing of it is left."""
+
+
 class PluginWarning(UserWarning):
     """A plugin was set aside (it failed, is incompatible, or an observer of it raised); the rest goes on."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunekit as tk
-from tunekit.core import adapter_files, run, template_contract
+from tunekit.core import adapter_files, run
 from tunekit.core.codec import Codec
 from tunekit.core.fingerprint import fingerprint, hash_weights
 from tunekit.core.model import Base
@@ -255,7 +255,7 @@ def test_of_a_large_tensor_both_ends_and_a_change_throughout_are_seen_and_a_sing
 
 def test_another_template_is_refused_with_both(place):
     tiny_tokenizer(template=CHATML.replace("<|im_end|>\\n", "<|im_end|>")).save_pretrained(place / "base")
-    refused(place, r"was trained with another chat template: .*<\|im_end\|>\\\\n.* there, .* here")
+    refused(place, "the template reads otherwise than where the model was trained, .* sha256 .* there, .* here")
 
 
 def test_another_tokenizer_is_refused_with_the_tokens_of_both(place):
@@ -264,7 +264,7 @@ def test_another_tokenizer_is_refused_with_the_tokens_of_both(place):
     vocabulary = table["model"]["vocab"]
     vocabulary["W"], vocabulary["w"] = vocabulary["w"], vocabulary["W"]
     path.write_text(json.dumps(table))
-    refused(place, r"was trained with another tokenizer: the same text is \[\d+, .*\] there and \[\d+, .*\] here")
+    refused(place, r"the prompt is tokenized otherwise .* from token \d+ on, \[\d+, .*\] there, \[\d+, .*\] here")
 
 
 def test_a_change_of_tokens_that_the_golden_conversation_has_not_is_refused_too(place):
@@ -278,6 +278,4 @@ def test_a_change_of_tokens_that_the_golden_conversation_has_not_is_refused_too(
 
 def test_a_template_that_writes_the_date_is_the_same_tomorrow():
     codec = Codec(tiny_tokenizer(), "{{ strftime_now('%d %B %Y') }}" + CHATML)
-    assert template_contract.contract(codec)["golden"]["text"].startswith(
-        "1 January 2024<|im_start|>user\nWhat is 2 + 3?"
-    )
+    assert adapter_files._contract(codec)["prompt"].startswith("1 January 2024<|im_start|>user\nWhat is 2 + 3?")

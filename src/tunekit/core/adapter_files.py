@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit.core import fingerprint, recipe, template_contract
+from tunekit.core import contract, fingerprint, recipe
 from tunekit.core.checkpoint import sha256
 from tunekit.core.codec import Codec
 from tunekit.core.interfaces import AdapterMethod
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PROVENANCE = "tunekit.json"
+FIXED_CLOCK = "{%- macro strftime_now(format) -%}1 January 2024{%- endmacro -%}"
+"""Put before a template to make its contract: one that writes the date would not be kept tomorrow."""
 READ = (".safetensors", ".json", ".bin", ".pt")
 """A file of one of these kinds that was added might be read by a method, so it is refused. Others are left alone."""
 
@@ -54,7 +56,8 @@ def save(directory: Path, method: AdapterMethod, model: nn.Module, known: Mappin
         "adapter": recipe.to_table(method, registry),
         "versions": {name: importlib.metadata.version(name) for name in ("tunekit", "torch", "transformers", "peft")},
         "base": known,
-        **template_contract.contract(codec),
+        "template": codec.template,
+        "contract": _contract(codec),
     }
     seal(directory, stated)
 
@@ -82,7 +85,14 @@ def check(directory: Path, method: AdapterMethod, base: Base, codec: Codec) -> N
     if stated["component"] != name:
         raise ConfigError(f"is of {stated['component']}, and the pipeline has {name}", where)
     fingerprint.check_same(stated["base"], fingerprint.fingerprint(base), where)
-    template_contract.check_same(stated, template_contract.contract(codec), where)
+    here = _contract(codec)
+    contract.check(stated["contract"], here)
+    for name in ("vocabulary_sha256", "stop_ids"):
+        if stated["contract"][name] != here[name]:
+            was = stated["contract"][name]
+            raise ConfigError(
+                f"was trained with another tokenizer: its {name} is {was} there, {here[name]} here", where
+            )
 
 
 def check_files(directory: Path) -> dict[str, Any]:
@@ -104,6 +114,18 @@ def check_files(directory: Path) -> dict[str, Any]:
     if broken := _not_finite(directory):
         raise ConfigError(f"{broken} is not finite", str(directory))
     return stated
+
+
+def _contract(codec: Codec) -> dict[str, Any]:
+    """What template and tokenizer must do again, and a hash of all tokens: the golden prompt has but a few of them."""
+    made = Codec(codec.tokenizer, FIXED_CLOCK + codec.template).contract()
+    vocabulary = sorted(codec.tokenizer.get_vocab().items())
+    return {
+        **made,
+        "template_sha256": hashlib.sha256(codec.template.encode()).hexdigest(),
+        "vocabulary_sha256": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
+        "stop_ids": list(codec.stop_ids),
+    }
 
 
 def _files(directory: Path) -> list[str]:

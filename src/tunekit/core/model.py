@@ -149,6 +149,15 @@ class Base:
             raise ConfigError(f"cannot load {self.model!r}: {reason}", "Pipeline.model") from error
 
 
+@attrs.frozen(kw_only=True)
+class Loaded:
+    """A model in memory and what is needed to talk to it."""
+
+    model: Any
+    codec: Codec
+    context: Context
+
+
 def label_of(model: str) -> str:
     """A model's id; of a local directory the last name, since the way there is of one machine only."""
     path = Path(model).expanduser()
@@ -161,10 +170,15 @@ def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Co
     model = base.load(device=context.device, dtype=context.dtype, options=options)
     if quantizer:
         model = quantizer.prepare(model, context)
+    stop_at(model, codec)
+    return model
+
+
+def stop_at(model: PreTrainedModel, codec: Codec) -> None:
+    """Have the model stop at every stop token of the template, besides its own."""
     own = model.generation_config.eos_token_id
     stops = [own] if isinstance(own, int) else list(own or [])
     model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *codec.stop_ids]))
-    return model
 
 
 def choose_device(device: str | None) -> str:

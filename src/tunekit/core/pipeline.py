@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 
@@ -17,18 +17,16 @@ from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.dequantize import dequantize
 from tunekit.core.evaluation import measure
+from tunekit.core.export import Parts
 from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
-from tunekit.core.model import Base, choose_device, choose_dtype, context_length, load_base
+from tunekit.core.model import Base, Loaded, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
 from tunekit.core.registry import default_registry
-from tunekit.core.result import Loaded, Run
+from tunekit.core.result import Run
 from tunekit.core.run import RunLog
 from tunekit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -304,35 +302,38 @@ class Pipeline:
         files.write_json(directory / files.ENVIRONMENT, environment)
 
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
-        return Run(directory, self.adapter, partial(self._open, directory), partial(self._open_plain, directory), tuned)
+        parts = Parts(
+            base=self._base,
+            adapter=self.adapter,
+            quantizer=self._quantizer,
+            load=partial(self._open, directory),
+            load_plain=partial(self._open_plain, directory),
+            held_out=lambda codec: self._data(codec, context_length(self._base.config())).validation,
+        )
+        return Run(directory, parts, tuned)
 
     def _open(self, directory: Path, tuned: bool) -> Loaded:
         """The tuned model of a finished run, or its base, fresh from disk and in the dtype of the run."""
-        context = self._context(device=choose_device(self.device), dtype=_dtype_of(directory), directory=directory)
-        codec = self._codec()
-        adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
-        model: nn.Module = load_base(self._base, self._quantizer, codec, context)
-        if tuned:
-            model = self.adapter.load(model, directory / files.ADAPTER)
-        return Loaded(model=model.eval(), codec=codec, context=context)
+        found = self._open_base(directory)
+        model = self.adapter.load(found.model, directory / files.ADAPTER) if tuned else found.model
+        return attrs.evolve(found, model=model.eval())
 
-    def _open_plain(self, directory: Path, dtype: str | None) -> Loaded | None:
+    def _open_plain(self, directory: Path, dtype: str | None) -> Loaded:
         """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
-        if dtype is None and self._quantizer is None:
-            return None
-        trained = _dtype_of(directory)
-        context = self._context(device=choose_device(self.device), dtype=trained, directory=directory)
+        found = self._open_base(directory)
+        base = dequantize(found.model, self._quantizer) if self._quantizer else found.model.float()
+        context = attrs.evolve(found.context, quantization=None, dtype=dtype or found.context.dtype)
+        model = self.adapter.load(base, directory / files.ADAPTER)
+        return attrs.evolve(found, model=model.eval(), context=context)
+
+    def _open_base(self, directory: Path) -> Loaded:
+        """The base of a finished run, whose adapter was found to be whole, and of this base and template."""
+        # On a machine of another kind, the dtype that is chosen by itself may be another.
+        dtype = str(files.read_json(directory / files.ENVIRONMENT)["dtype"])
+        context = self._context(device=choose_device(self.device), dtype=dtype, directory=directory)
         codec = self._codec()
         adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
-        base = load_base(self._base, self._quantizer, codec, context)
-        base = dequantize(base, self._quantizer) if self._quantizer else base.float()
-        context = attrs.evolve(context, quantization=None, dtype=dtype or trained)
-        return Loaded(model=self.adapter.load(base, directory / files.ADAPTER).eval(), codec=codec, context=context)
-
-
-def _dtype_of(directory: Path) -> str:
-    """The dtype a run was made in: on a machine of another kind, what is chosen by itself may be another."""
-    return str(files.read_json(directory / files.ENVIRONMENT)["dtype"])
+        return Loaded(model=load_base(self._base, self._quantizer, codec, context), codec=codec, context=context)
 
 
 def load(path: str | Path) -> Pipeline:

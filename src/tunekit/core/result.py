@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import attrs
+from typing import Any, Literal
 
 from tunekit.core import run as files
-from tunekit.core.codec import Codec, Message
-from tunekit.core.component import Context
+from tunekit.core.codec import Message
 from tunekit.core.evaluation import generate
-from tunekit.core.interfaces import AdapterMethod
-from tunekit.core.model import no_progress_bars
+from tunekit.core.export import Parts, export
+from tunekit.core.model import Loaded
 from tunekit.core.table import table
-from tunekit.errors import ConfigError, RunExists
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-@attrs.frozen(kw_only=True)
-class Loaded:
-    """A model in memory and what is needed to talk to it."""
-
-    model: nn.Module
-    codec: Codec
-    context: Context
+from tunekit.errors import ConfigError
 
 
 class Run:
@@ -37,25 +22,13 @@ class Run:
 
     Args:
         directory: the run directory.
-        adapter: the method that was trained.
-        load: gives the tuned model, or with `tuned=False` the base it started from.
-        load_plain: gives the tuned model over a float32 base without quantization, as merging it into a dtype needs;
-            None where it can be merged as it is.
+        parts: what its models are made of.
         tuned: the tuned model, where it is in memory already.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        adapter: AdapterMethod,
-        load: Callable[[bool], Loaded],
-        load_plain: Callable[[str | None], Loaded | None],
-        tuned: Loaded | None = None,
-    ) -> None:
+    def __init__(self, directory: Path, parts: Parts, tuned: Loaded | None = None) -> None:
         self.directory = directory
-        self._adapter = adapter
-        self._load = load
-        self._load_plain = load_plain
+        self._parts = parts
         self._models: dict[bool, Loaded] = {} if tuned is None else {True: tuned}
 
     @cached_property
@@ -93,31 +66,33 @@ class Run:
         answer = generate(loaded.model, loaded.codec.tokenizer, [loaded.codec.prompt(prompt)], max_new_tokens)
         return loaded.codec.decode(answer[0])
 
-    def export(self, directory: str | Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> Path:
+    def export(
+        self,
+        directory: str | Path,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        *,
+        into_quantized: bool = False,
+    ) -> Path:
         """Write the tuned model as a plain transformers directory: merged weights, tokenizer, template, stop tokens.
 
-        A quantized base is dequantized first: what is written is as large as the model was without quantization.
+        A quantized base is dequantized first: what is written is as large as the model was without quantization. A
+        model card (`README.md`) says what it is made of. It is read again by transformers alone and compared with the
+        merged model before it is there; what was compared is in `export.json`.
 
         Args:
             directory: where to; it must be new or empty.
             dtype: of the written weights; None takes that of the base. The sum is made in float32 and rounded once.
+            into_quantized: quantize the merged weights again, by the run's quantizer. Most of a small update is then
+                rounded away; `export.json` and the model card state the loss on the held-out rows before and after.
 
         Raises:
             RunExists: the directory is taken.
-            NotSupported: the method cannot be merged into its base.
+            NotSupported: the method cannot be merged into its base, or there is nothing to quantize it with.
+            ConfigError: the adapter is damaged, or not of this base and template.
+            ExportError: what was written does not do what the merged model does; nothing of it is left.
         """
-        import torch
-
-        directory = Path(directory)
-        if directory.exists() and (directory.is_file() or any(directory.iterdir())):
-            raise RunExists(f"{directory} is not empty; choose another directory")
-        loaded = self._load_plain(dtype) or self._model(tuned=True)
-        merged = self._adapter.merge(loaded.model, loaded.context).to(getattr(torch, loaded.context.dtype))
-        with no_progress_bars():
-            merged.save_pretrained(directory)
-        loaded.codec.tokenizer.chat_template = loaded.codec.template
-        loaded.codec.tokenizer.save_pretrained(directory)
-        return directory
+        live = self._model(tuned=True) if into_quantized else None
+        return export(self.directory, self._parts, Path(directory), dtype, live)
 
     def __str__(self) -> str:
         rows = [[name, _show(self.base_metrics.get(name)), _show(value)] for name, value in self.metrics.items()]
@@ -130,7 +105,7 @@ class Run:
         if tuned not in self._models:
             if tuned and not (self.directory / files.ADAPTER).is_dir():
                 raise ConfigError(f"the run in {self.directory} is not finished: it holds no adapter yet")
-            self._models[tuned] = self._load(tuned)
+            self._models[tuned] = self._parts.load(tuned)
         return self._models[tuned]
 
 
