@@ -42,6 +42,9 @@ ORDER = [
     "core.trained_tensors",
     "core.peft_method",
     "core.evaluation",
+    "core.segments",
+    "core.head_loss",
+    "core.rows_loss",
     # one run
     "core.checkpoint",
     "core.observers",
@@ -57,6 +60,8 @@ ORDER = [
 """A module imports only what stands before it. A new module of the core gets its place here."""
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich", "tomli_w"}
+IMPORTED_INSIDE = {"tunekit.core.head_loss"}
+"""Modules that import heavy packages at their top, and are imported inside of functions themselves."""
 LONG = 300
 READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 355}
 """The files that may be longer than LONG, because they tell one story that a cut would scatter; and how long."""
@@ -152,8 +157,9 @@ def test_the_package_itself_imports_none_of_its_modules() -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_heavy_packages_are_imported_inside_of_functions(module: str) -> None:
-    first = {name.partition(".")[0] for name in imports(module, inside_functions=False)}
-    assert first & HEAVY == set()
+    at_top = imports(module, inside_functions=False)
+    assert at_top & IMPORTED_INSIDE == set()
+    assert {name.partition(".")[0] for name in at_top} & HEAVY == set() or module in IMPORTED_INSIDE
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

@@ -285,14 +285,15 @@ class Loop(Trainer):
     def fit(self, model, tokenizer, train, *, after_step, extra_loss, validate, run, context):
         import torch
 
-        from tunekit.core.batching import collate, supervised_tokens
-        from tunekit.plugins.trainers.sft import summed_loss
+        from tunekit.core.batching import supervised_tokens
+        from tunekit.core.rows_loss import RowsLoss
 
         chosen = [p for p in model.parameters() if p.requires_grad or self.fault == "trains all"]
         model.requires_grad_(True) if self.fault in ("trains all", "unfreezes") else None
         optimizer = torch.optim.SGD(chosen, lr=0.1)
         if self.fault == "memory":
             remember(self)
+        summed_loss = RowsLoss(model=model, pad_id=0, device="cpu")
         rows = list(train)
         if self.fault == "own order":
             random.Random(next(COUNTER)).shuffle(rows)
@@ -306,7 +307,7 @@ class Loop(Trainer):
                 tokens = sum(map(supervised_tokens, batch))
                 if self.fault == "means of means":
                     tokens = len(parts) * sum(map(supervised_tokens, part))
-                (summed_loss(model, collate(part, 0)) / tokens).backward()
+                (summed_loss(model, part) / tokens).backward()
                 if self.fault == "extra each part":
                     extra_loss(model)
             extra = extra_loss(model)

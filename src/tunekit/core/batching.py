@@ -66,18 +66,22 @@ def epoch_order(rows: int, epoch: int, seed: int, order: Order) -> list[int]:
     return indices
 
 
-def chunks(lengths: Sequence[int], tokens: int, most: int | None = None) -> Iterator[list[int]]:
-    """Indices, longest first, in groups of at most `most`, and of at most `tokens` tokens once padded.
+def chunks(lengths: Sequence[int], tokens: int, most: int | None = None, padded: bool = True) -> Iterator[list[int]]:
+    """Indices, longest first, in groups of at most `most`, and of at most `tokens` tokens, counted as they are padded.
 
     Every group has one index at least. Rows of like length go together, so little is padded; neither a step's gradient
-    nor a metric depends on the grouping.
+    nor a metric depends on the grouping. Without padding every row counts as long as it is.
     """
     group: list[int] = []
+    held = 0
     for index in sorted(range(len(lengths)), key=lambda at: lengths[at], reverse=True):
-        if group and (len(group) == most or (len(group) + 1) * lengths[group[0]] > tokens):
+        size = lengths[group[0] if padded and group else index]
+        if group and (len(group) == most or held + size > tokens):
             yield group
-            group = []
+            group, held = [], 0
+            size = lengths[index]
         group.append(index)
+        held += size
     if group:
         yield group
 

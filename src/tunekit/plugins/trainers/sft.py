@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from tunekit.core import batching
+from tunekit.core import batching, rows_loss
 from tunekit.core.batching import Order
 from tunekit.core.checkpoint import set_random_states
-from tunekit.core.codec import IGNORED, Codec, TrainOn
+from tunekit.core.codec import Codec, TrainOn
 from tunekit.core.component import Context
 from tunekit.core.evaluation import pad_id
 from tunekit.core.fields import at_least, between, positive
@@ -61,6 +61,10 @@ class SFT(Trainer):
         max_grad_norm: longer gradients are scaled down to this length; `float("inf")` for never.
         batch_size: rows an optimizer step learns from.
         micro_batch_size: rows in one forward pass, or "auto"; a matter of memory and speed alone.
+        padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
+            the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
+        chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
+            them, where the model gives the same loss so.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
         on_long: "error", "drop" or "truncate" rows that are longer than max_length; counted in plan and result.
@@ -83,6 +87,8 @@ class SFT(Trainer):
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     batch_size: int = attrs.field(default=16, validator=at_least(1))
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
+    padding_free: bool = True
+    chunked_loss: bool = True
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
     on_long: Literal["error", "drop", "truncate"] = "error"
@@ -137,47 +143,58 @@ class SFT(Trainer):
             schedule.load_state_dict(run.resumed.state["trainer"]["schedule"])
             set_random_states(run.resumed.state["random"])
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        fill = pad_id(tokenizer)
+        summed_loss = rows_loss.choose(
+            model,
+            _shortest_and_longest(train),
+            pad_id(tokenizer),
+            context.device,
+            padding_free=self.padding_free,
+            chunked=self.chunked_loss,
+        )
+        for note in summed_loss.notes:
+            run.note(note)
         model, optimizer = accelerator.prepare(model, optimizer)
         model.train()
 
-        for step in range(first, steps + 1):
-            rows = [
-                train[at] for at in batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
-            ]
-            tokens = sum(map(batching.supervised_tokens, rows))
-            loss = 0.0
-            for micro_batch in self._micro_batches(rows):
-                batch = batching.collate(micro_batch, fill, context.device)
-                # Divided by the tokens of the whole step, so that every token weighs the same however rows are split.
-                part = summed_loss(model, batch) / tokens
-                accelerator.backward(part)
-                loss += part.item()
-            extra = extra_loss(accelerator.unwrap_model(model))
-            if extra is not None:
-                accelerator.backward(extra)
-            norm = accelerator.clip_grad_norm_(trained, self.max_grad_norm)
-            _check_finite(step, loss, float(norm))
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            after_step(accelerator.unwrap_model(model), step)
-            optimizer.zero_grad()
+        with summed_loss.training():
+            for step in range(first, steps + 1):
+                rows = [
+                    train[at]
+                    for at in batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
+                ]
+                tokens = sum(map(batching.supervised_tokens, rows))
+                loss = 0.0
+                for micro_batch in self._micro_batches(rows, padded=not summed_loss.padding_free):
+                    # Divided by the tokens of the whole step: every token weighs the same however rows are split.
+                    part = summed_loss(model, micro_batch) / tokens
+                    accelerator.backward(part)
+                    loss += part.item()
+                extra = extra_loss(accelerator.unwrap_model(model))
+                if extra is not None:
+                    accelerator.backward(extra)
+                norm = accelerator.clip_grad_norm_(trained, self.max_grad_norm)
+                _check_finite(step, loss, float(norm))
+                rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                after_step(accelerator.unwrap_model(model), step)
+                optimizer.zero_grad()
 
-            if step % self.log_every == 0 or step == steps:
-                run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": float(norm), "tokens": tokens})
-            if validate and self.evaluate_every and step % self.evaluate_every == 0:
-                run.log(step, {f"validation/{name}": value for name, value in validate().items()})
-            if step % save_every == 0 and step < steps:
-                state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                run.save(step, accelerator.unwrap_model(model), state, self.keep)
+                if step % self.log_every == 0 or step == steps:
+                    run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": float(norm), "tokens": tokens})
+                if validate and self.evaluate_every and step % self.evaluate_every == 0:
+                    with summed_loss.paused():
+                        run.log(step, {f"validation/{name}": value for name, value in validate().items()})
+                if step % save_every == 0 and step < steps:
+                    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                    run.save(step, accelerator.unwrap_model(model), state, self.keep)
         return TrainResult(steps=steps, metrics={"loss": loss})
 
-    def _micro_batches(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    def _micro_batches(self, rows: Sequence[Encoded], padded: bool) -> list[list[Encoded]]:
         """The rows of a step by forward pass, rows of like length together."""
         auto = self.micro_batch_size == "auto"
         tokens = AUTO_MICRO_BATCH_TOKENS if auto else 2**62
-        groups = batching.chunks(batching.lengths(rows), tokens, None if auto else int(self.micro_batch_size))
+        groups = batching.chunks(batching.lengths(rows), tokens, None if auto else int(self.micro_batch_size), padded)
         return [[rows[at] for at in group] for group in groups]
 
     def _optimizer(self, model: nn.Module, learning_rate: float) -> Optimizer:
@@ -201,13 +218,10 @@ class SFT(Trainer):
         )
 
 
-def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the supervised tokens of a batch, in float32, from logits."""
-    from torch.nn.functional import cross_entropy
-
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+def _shortest_and_longest(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Two rows that no other is shorter or longer than: what goes well with them does so with all."""
+    by_length = sorted(range(len(rows)), key=batching.lengths(rows).__getitem__)
+    return [rows[by_length[0]], rows[by_length[-1]]]
 
 
 def _check_finite(step: int, loss: float, norm: float) -> None:

@@ -1,0 +1,100 @@
+"""Cross-entropy from hidden states, a few tokens at a time: logits of all tokens over the vocabulary are never held.
+
+Only ever imported from inside of methods, since it imports torch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_NUMBERS = 1 << 23
+"""Logits held at a time, 32 MiB of them in float32."""
+CHUNK_TOKENS = 32
+"""The fewest tokens in a chunk, however large the vocabulary."""
+
+
+@contextmanager
+def without_head(head: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, the model that `head` is the output layer of gives hidden states for logits; yields the real head."""
+    real: Callable[[Tensor], Tensor] = head.forward
+    own = "forward" in vars(head)  # another library put one in its place, and wants it back
+    head.forward = _as_they_are
+    try:
+        yield real
+    finally:
+        if own:
+            head.forward = real
+        else:
+            del head.forward
+
+
+def head_loss(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], weights: list[nn.Parameter], vocabulary: int
+) -> Tensor:
+    """The summed cross-entropy of `head(hidden)` against `targets`, in float32, as a tensor to go backward from.
+
+    Its gradient is made in the forward pass, while the logits of a chunk are there: nothing is computed twice, and
+    what is kept is as large as `hidden`.
+
+    Args:
+        hidden: shape (tokens, features).
+        targets: shape (tokens,), the token that each is to predict.
+        head: from (tokens, features) to logits of shape (tokens, vocabulary).
+        weights: the parameters of `head` that are trained.
+        vocabulary: how many logits a token has.
+    """
+    size = max(CHUNK_TOKENS, CHUNK_NUMBERS // vocabulary)
+    total: Tensor = _HeadLoss.apply(hidden, targets, head, size, *weights)
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
+    """See `head_loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, *weights: nn.Parameter) -> Tensor:
+        learning = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        gradients = []
+        if learning:  # of the weights in float32, since those of every chunk are added up
+            gradients = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)]
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            with torch.set_grad_enabled(learning):
+                tokens = hidden[part].detach().requires_grad_(learning)
+                logits = head(tokens)
+            loss, slope = _loss_and_slope(logits.detach(), targets[part])
+            total += loss
+            if learning:
+                found = torch.autograd.grad(logits, [tokens, *weights], slope.to(logits.dtype))
+                gradients[0][part] = found[0]
+                for gradient, more in zip(gradients[1:], found[1:], strict=True):
+                    gradient += more
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [tensor.dtype for tensor in (hidden, *weights)]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        scaled = (saved * gradients[0] for saved in ctx.saved_tensors)
+        hidden, *weights = (tensor.to(dtype) for tensor, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return hidden, None, None, None, *weights
+
+
+def _loss_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy and its gradient, softmax less one at the target, in float32; one copy of the logits."""
+    scores = torch.sub(logits.float(), logits.amax(-1, keepdim=True))
+    chosen = scores.gather(1, targets[:, None]).squeeze(1)
+    powers = scores.exp_()
+    sums = powers.sum(-1, keepdim=True)
+    loss = (sums.log().squeeze(1) - chosen).sum()
+    slope = powers.div_(sums)
+    slope.scatter_add_(1, targets[:, None], torch.full_like(targets, -1, dtype=slope.dtype)[:, None])
+    return loss, slope
+
+
+def _as_they_are(hidden: Tensor) -> Tensor:
+    return hidden
