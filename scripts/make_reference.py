@@ -81,7 +81,10 @@ def class_page(cls: Any) -> list[str]:
 
 def fields(cls: Any) -> list[str]:
     """A table of the fields, with what the docstring says of each under `Args:`."""
-    said = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE))
+    said: dict[str, str] = {}
+    for base in reversed(cls.__mro__):  # an inherited field is described where it is defined
+        doc = inspect.cleandoc(vars(base).get("__doc__") or "")
+        said |= dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", doc, re.MULTILINE))
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for field in attrs.fields(cls):
         value = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default  # type: ignore

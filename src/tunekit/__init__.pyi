@@ -24,11 +24,15 @@ from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins
 from .core.registry import register as register
 from .core.result import Run as Run
+from .core.row_source import RowSource as RowSource
 from .core.run import RunLog as RunLog
+from .core.schemas import from_example as from_example
+from .core.schemas import to_example as to_example
 from .errors import AmbiguousComponent as AmbiguousComponent
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import ExportError as ExportError
+from .errors import LeftOut as LeftOut
 from .errors import NotSupported as NotSupported
 from .errors import PluginError as PluginError
 from .errors import PluginWarning as PluginWarning

@@ -23,6 +23,10 @@ class DataError(TunekitError, ValueError):
     """A row or a file that cannot be trained on; says where (file:line) and why."""
 
 
+class LeftOut(DataError):
+    """A row that a source was told to leave out: counted like a bad row, and never a reason to stop."""
+
+
 class UnknownComponent(TunekitError, LookupError):
     """No installed plugin offers a component of this name."""
 

@@ -103,6 +103,55 @@ def test_no_rows_left_is_an_error():
 def test_an_error_while_encoding_names_the_row():
     rows = [*texts(1), {"text": "x"}]
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
-    with pytest.raises(DataError, match="row 1 of train: no assistant turn"):
+    with pytest.raises(DataError, match="row 1: no assistant turn"):
         load([{"messages": messages}])
     assert len(load(rows).train) == 2
+
+
+SPOILT = [{"text": "a"}, {"text": ""}, {"text": 7}, {"text": "b"}, {"text": " "}, {"text": 8}]
+
+
+def test_a_bad_row_stops_the_run_with_its_place():
+    with pytest.raises(DataError, match=r"row 2: empty text \(text\)"):
+        load(SPOILT)
+
+
+def test_bad_rows_that_are_skipped_are_counted_by_reason():
+    codec = Codec(tiny_tokenizer())
+    data = dataset.load(InMemory(rows=SPOILT, on_error="skip"), 0.0, SFT(), codec, None, seed=0)
+    assert len(data.train) == 2
+    assert data.changed == {
+        "train: skipped, empty text (text)": 2,
+        "train: skipped, expected text, got number N (text)": 2,
+    }
+
+
+def test_a_source_of_bad_rows_alone_says_what_is_wrong_with_them():
+    source = InMemory(rows=SPOILT[1:3], on_error="skip")
+    with pytest.raises(DataError, match=r"the data has no rows: 1 train: skipped, empty text \(text\)"):
+        dataset.load(source, 0.0, SFT(), Codec(tiny_tokenizer()), None, seed=0)
+
+
+def test_the_table_of_reasons_stays_short():
+    rows = [{"text": "a"}, *({"text": None, f"column {letter}": 1} for letter in "abc")]
+    rows += [{"messages": [{"role": letter, "content": "x"}]} for letter in "abcdefghijklmnopqrst"]
+    changed = dataset.Counter()
+    source = InMemory(rows=[*rows[4:], rows[0]], schema="messages", on_error="skip")
+    dataset.read(source, "train", "train", changed)
+    assert len(changed) == 13
+    assert changed["train: skipped, for other reasons"] == 21 - 12
+
+
+def test_the_rows_of_a_group_are_held_out_together():
+    rows = [{"text": f"row {number}", "group": str(number % 40)} for number in range(400)]
+    train, held = dataset.hold_out(rows, 0.3, seed=0)
+    assert held
+    assert not {row["group"] for row in train} & {row["group"] for row in held}
+
+
+def test_a_preference_is_refused_by_a_trainer_that_learns_one_answer():
+    with pytest.raises(DataError, match=r"row 1: a preference.*schema='prompt-completion', columns="):
+        load([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    source = InMemory(rows=rows, schema="prompt-completion", columns={"completion": "chosen"})
+    assert next(iter(source.load("train")))["messages"][1]["content"] == "a"

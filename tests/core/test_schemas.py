@@ -79,7 +79,7 @@ def test_a_call_of_a_tool_needs_no_content():
     [
         ({"prompt": "q"}, r"f:1: missing \(completion\)"),
         ({"completion": "a"}, r"f:1: missing \(prompt\)"),
-        ({"a": 1, "b": 2}, "no known schema has the columns 'a', 'b'; known: messages; prompt, completion"),
+        ({"a": 1, "b": 2}, "no known schema has the columns 'a', 'b'; known: messages; conversations; chosen"),
         ({}, r"no known schema has the columns \(none\)"),
     ],
 )

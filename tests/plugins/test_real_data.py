@@ -34,6 +34,17 @@ def test_a_broken_file_is_read_or_refused_as_it_deserves(case):
         assert f"({defect['field']})" in message
 
 
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case["file"])
+def test_the_sound_rows_of_a_broken_file_are_kept_as_they_were(case):
+    path = EXPECTED.parent / case["file"]
+    examined = list(tk.JsonLines(path=path, on_error="skip").examine("train"))
+    kept = [(place, row) for place, row in examined if not isinstance(row, tk.DataError)]
+    assert [place for place, _ in kept] == [f"{path}:{line}" for line in case["kept_lines"]]
+    schema = {"prompt/completion": "prompt-completion"}.get(case["schema"], case["schema"])
+    assert [tk.from_example(row, schema) for _, row in kept] == case["kept_rows"]
+    assert all(str(row).startswith(place) for place, row in examined if isinstance(row, tk.DataError))
+
+
 def test_the_likelihood_of_stories_is_the_published_one(shared):
     from tunekit.core.codec import Codec
     from tunekit.core.model import Base

@@ -87,6 +87,12 @@ class Codec:
         if "text" in example:
             ids = self._tokens.whole_text(example["text"])
             return {"input_ids": ids, "labels": list(ids)}
+        if "chosen" in example:
+            raise DataError(
+                "a preference between two answers, which this trainer does not learn from; to train on the chosen "
+                "answers alone, give the source schema='prompt-completion', columns={'completion': 'chosen'}, or where "
+                "they are whole conversations, schema='messages', columns={'messages': 'chosen'}"
+            )
         self._check_template()
         messages, tools = example["messages"], example.get("tools")
         text, turns = self._rendered(messages, tools)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 
 from tunekit.core.batching import supervised_tokens
 from tunekit.core.codec import Codec
 from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
+from tunekit.core.rows import Placed, rank, read
 from tunekit.errors import ConfigError, DataError
 
 
@@ -22,7 +23,7 @@ class Data:
     Args:
         train: encoded training rows.
         validation: encoded held-out rows; empty where there are none.
-        changed: how many rows were dropped or cut, by reason ("train: cut to 512 tokens").
+        changed: how many rows were skipped, left out, dropped or cut, by reason ("train: cut to 512 tokens").
     """
 
     train: Sequence[Encoded]
@@ -70,7 +71,6 @@ def load(
         ConfigError: the method takes the whole context.
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
-    rows, held_out = split(source, validation, seed)
     room = None if longest is None else longest - taken
     if room is not None and room < 2:  # a token to predict, and one to predict it from
         raise ConfigError(
@@ -81,6 +81,7 @@ def load(
     if taken and limit == room:
         way_out = f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
     changed: Counter[str] = Counter()
+    rows, held_out = split(source, validation, seed, changed)
     return Data(
         train=_encode(rows, "train", trainer, codec, limit, way_out, changed),
         validation=_encode(held_out, "validation", trainer, codec, limit, way_out, changed) if held_out else [],
@@ -88,48 +89,58 @@ def load(
     )
 
 
-def split(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out rows; see `load` for the arguments. DataError if there are none."""
-    rows = list(source.load("train"))
+def split(
+    source: DataSource, validation: float | DataSource, seed: int, changed: Counter[str]
+) -> tuple[list[Placed], list[Placed]]:
+    """Training and held-out rows with their places; see `load` for the arguments. DataError if there are none.
+
+    A source given as `validation` is asked for its split "validation", where it has one, else for "train". Rows that
+    the sources skip or leave out are counted in `changed`.
+    """
+    rows = read(source, "train", "train", changed)
     if not rows:
-        raise DataError("the data has no rows")
+        raise DataError(f"the data has no rows{_counts(changed)}")
     if isinstance(validation, DataSource):
-        held_out = list(validation.load("train"))
+        part = "validation" if "validation" in validation.splits() else "train"
+        held_out = read(validation, part, "validation", changed)
         if not held_out:
-            raise DataError("the validation data has no rows")
+            raise DataError(f"the validation data has no rows{_counts(changed)}")
         return rows, held_out
     if "validation" in source.splits():
-        return rows, list(source.load("validation"))
-    return hold_out(rows, validation, seed)
-
-
-def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split rows into training and held-out ones by a hash of their content.
-
-    Rows that are added later do not move the others from one side to the other, and equal rows fall on the same side.
-    At least one row is on each side; DataError if there are not two different rows.
-    """
-    if not share:
-        return list(rows), []
-    ranks = [_rank(row, seed) for row in rows]
-    if len(set(ranks)) < 2:
-        raise DataError("a validation share needs at least two different rows; give more rows, or validation=0")
-    # Tiny data: the share may pick none or all, so the outermost ranks are always on their side.
-    lowest, highest = min(ranks), max(ranks)
-    held = [(rank < share and rank != highest) or rank == lowest for rank in ranks]
+        return rows, read(source, "validation", "validation", changed)
+    held = _is_held_out([row for _, row in rows], validation, seed)
     pairs = list(zip(rows, held, strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 
 
-def _rank(row: Example, seed: int) -> float:
-    """A number in [0, 1) that depends on the row's content and the seed alone."""
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-    digest = hashlib.sha256(f"{seed}\n{content}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split rows into training and held-out ones by a hash of their content, or of the group they belong to.
+
+    Rows that are added later do not move the others from one side to the other, and equal rows fall on the same side,
+    as do the rows of a group. At least one row is on each side; DataError if there are not two different rows.
+    """
+    pairs = list(zip(rows, _is_held_out(rows, share, seed), strict=True))
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+
+
+def _is_held_out(rows: Sequence[Example], share: float, seed: int) -> list[bool]:
+    if not share:
+        return [False] * len(rows)
+    ranks = [rank(row, seed) for row in rows]
+    if len(set(ranks)) < 2:
+        raise DataError("a validation share needs at least two different rows; give more rows, or validation=0")
+    # Tiny data: the share may pick none or all, so the outermost ranks are always on their side.
+    lowest, highest = min(ranks), max(ranks)
+    return [(number < share and number != highest) or number == lowest for number in ranks]
+
+
+def _counts(changed: Mapping[str, int]) -> str:
+    """What became of the rows, to be said where none is left."""
+    return ": " + ", ".join(f"{count} {what}" for what, count in changed.items()) if changed else ""
 
 
 def _encode(
-    rows: Iterable[Example],
+    rows: Sequence[Placed],
     split: str,
     trainer: Trainer,
     codec: Codec,
@@ -139,13 +150,14 @@ def _encode(
 ) -> list[Encoded]:
     kept: list[Encoded] = []
     too_long: list[int] = []
-    for number, row in enumerate(codec.ahead(rows), start=1):
+    examples = codec.ahead([row for _, row in rows])
+    for (place, _), row in zip(rows, examples, strict=True):
         try:
             encoded = trainer.encode(row, codec)
         except DataError as error:
-            raise DataError(f"row {number} of {split}: {error}") from None
+            raise DataError(f"{place}: {error}") from None
         if not supervised_tokens(encoded):
-            raise DataError(f"row {number} of {split}: no token of it carries loss, so nothing can be learned from it")
+            raise DataError(f"{place}: no token of it carries loss, so nothing can be learned from it")
         length = len(encoded["input_ids"])
         if limit is not None and length > limit:
             too_long.append(length)

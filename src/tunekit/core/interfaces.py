@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
 from tunekit.core.component import Component, Context
-from tunekit.errors import ConfigError, NotSupported
+from tunekit.errors import ConfigError, DataError, NotSupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tunekit.core.run import RunLog
 
 Example = Mapping[str, Any]
-"""One row in a form the codec knows: `{"messages": [...]}`, `{"text": ...}`; never tokens."""
+"""One row, never as tokens: `{"messages": [...]}` (with `tools` where there are any), `{"text": ...}`, or a preference,
+`{"prompt": [...], "chosen": [...], "rejected": [...]}`; with `group`, a text, where rows belong together."""
 
 Encoded = Mapping[str, Sequence[int]]
 """One row as tokens: `{"input_ids": (time,), "labels": (time,)}`; a label of -100 carries no loss."""
@@ -30,6 +31,8 @@ class DataSource(Component):
     """Where rows come from. Making one does no I/O; loading it gives the same rows in the same order each time."""
 
     kind: ClassVar[Literal["source"]] = "source"
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether a run stops at a row that cannot be used, or skips it; skipped rows are counted in plan and result."""
 
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that `load` takes; "train" is one of them."""
@@ -38,6 +41,19 @@ class DataSource(Component):
     @abstractmethod
     def load(self, split: str) -> Iterable[Example]:
         """Yield the rows of `split`. Raises DataError with `file:line` for a row that cannot be used."""
+
+    def examine(self, split: str) -> Iterator[tuple[str, Example | DataError]]:
+        """Yield every row of `split` with its place, `file:line` or `row N`; a bad row as the DataError it gives.
+
+        The sound rows are those of `load`, in the same order. Default: numbers what `load` gives, and ends at the first
+        DataError; a source that can go on after a bad row does.
+        """
+        number = 0
+        try:
+            for number, row in enumerate(self.load(split), start=1):
+                yield f"row {number}", row
+        except DataError as error:
+            yield f"row {number + 1}", error
 
 
 class Quantizer(Component):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,8 @@ class Pipeline:
 
     def rows(self) -> tuple[Sequence[Example], Sequence[Example]]:
         """The rows a run trains on, and those it holds out."""
-        return dataset.split(self.data, self.validation, self.seed)
+        train, held_out = dataset.split(self.data, self.validation, self.seed, Counter())
+        return [row for _, row in train], [row for _, row in held_out]
 
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""

@@ -1,33 +1,59 @@
 """The row formats tunekit knows, and how each becomes an example the codec encodes.
 
-| schema | columns |
-|---|---|
-| messages | messages: [{role, content}], optionally tools |
-| prompt-completion | prompt, completion |
-| instruction | instruction, output, optionally input |
-| question-answer | question, answer |
-| text | text |
+| schema | columns | known from |
+|---|---|---|
+| messages | messages: [{role, content}], optionally tools | OpenAI |
+| conversations | conversations: [{from, value}], optionally system, tools | ShareGPT |
+| preference | chosen, rejected, optionally prompt | TRL, HH-RLHF |
+| prompt-completion | prompt, completion: texts or lists of messages, optionally tools | TRL |
+| instruction | instruction, output, optionally input | Alpaca |
+| instruction-response | instruction, response, optionally context | Dolly |
+| question-answer | question, answer | GSM8K |
+| text-label | text, label: a name, or a number with `labels` | classification |
+| text | text | continued pretraining |
+
+They are recognised in this order, by the columns that are not optional.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import attrs
 
+from tunekit.core import converters, inverses
 from tunekit.core.fields import did_you_mean
-from tunekit.errors import DataError
+from tunekit.core.preferences import to_preference
+from tunekit.errors import ConfigError, DataError
 
-SchemaName = Literal["messages", "prompt-completion", "instruction", "question-answer", "text"]
-ROLES = ("system", "user", "assistant", "tool")
+SchemaName = Literal[
+    "messages",
+    "conversations",
+    "preference",
+    "prompt-completion",
+    "instruction",
+    "instruction-response",
+    "question-answer",
+    "text-label",
+    "text",
+]
 
 
 @attrs.frozen
 class Schema:
-    """A row format: the columns it needs, those it knows besides, and the conversion of a checked row."""
+    """A row format.
+
+    Args:
+        required: the columns it needs.
+        optional: those it knows besides.
+        convert: a row, its place and label names to an example; DataError if it is wrong, KeyError if a required column
+            is not there.
+        invert: an example to a row that `convert` turns into it; DataError if the format cannot hold it.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    convert: Callable[[Mapping[str, Any], str, Sequence[str]], dict[str, Any]]
+    invert: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def recognise(row: Mapping[str, Any], where: str) -> SchemaName:
@@ -41,40 +67,59 @@ def recognise(row: Mapping[str, Any], where: str) -> SchemaName:
         if len(missing) < len(schema.required):
             raise DataError(f"{where}: missing ({missing[0]})")
     known = "; ".join(", ".join(schema.required) for schema in SCHEMAS.values())
+    columns = [repr(column) for column in row]
+    found = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
     raise DataError(
-        f"{where}: no known schema has the columns {', '.join(map(repr, row)) or '(none)'}; known: {known}. "
+        f"{where}: no known schema has the columns {found or '(none)'}; known: {known}. "
         "Map yours with columns={'prompt': 'your column', ...}"
     )
 
 
 def to_example(
-    row: Mapping[str, Any], schema: SchemaName, where: str, columns: Mapping[str, str] | None = None
+    row: Mapping[str, Any],
+    schema: SchemaName,
+    where: str,
+    columns: Mapping[str, str] | None = None,
+    labels: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Check one row against a schema and turn it into `{"messages": [...]}` or `{"text": ...}`.
+    """Check one row against a schema and turn it into an example.
+
+    An example is `{"messages": [...]}` (with `tools` where there are any), `{"text": ...}`, or a preference,
+    `{"prompt": [...], "chosen": [...], "rejected": [...]}`, each a list of messages.
 
     Args:
         row: the row as it was read.
         schema: the name of its schema.
         where: its place, as `file:line`, for errors.
         columns: for each of the schema's columns that is named otherwise in the data, that other name.
+        labels: names of the labels 0, 1, ... of the schema "text-label".
 
     Raises:
         DataError: as `file:line: reason (field)`.
     """
-    row = rename(row, columns, where)
-    for column in SCHEMAS[schema].required:
-        if column not in row:
-            raise DataError(f"{where}: missing ({column})")
-    if schema != "messages":
-        for column in (*SCHEMAS[schema].required, *SCHEMAS[schema].optional):
-            if column in row:
-                _check_text(row[column], column, where)
-    example = SCHEMAS[schema].convert(row)
-    if "messages" in example:
-        check_messages(example["messages"], where)
-    elif not example["text"].strip():
-        raise DataError(f"{where}: empty text (text)")
-    return example
+    if columns:
+        row = rename(row, columns, where)
+    form = SCHEMAS[schema]
+    try:
+        return form.convert(row, where, labels)
+    except KeyError:
+        # Not asked beforehand: this is for every row, and a sound row has its columns.
+        for column in form.required:
+            if column not in row:
+                raise DataError(f"{where}: missing ({column})") from None
+        raise
+
+
+def from_example(example: Mapping[str, Any], schema: SchemaName) -> dict[str, Any]:
+    """A row of `schema` that `to_example` turns into `example`: the way to write data in another format.
+
+    Raises:
+        ConfigError: there is no such schema.
+        DataError: the schema cannot hold the example; nothing is left out to make it fit.
+    """
+    if schema not in SCHEMAS:
+        raise ConfigError(f"there is no schema {schema!r}{did_you_mean(schema, get_args(SchemaName))}")
+    return SCHEMAS[schema].invert(example)
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str] | None, where: str) -> Mapping[str, Any]:
@@ -89,94 +134,24 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str] | None, where: str
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-def check_messages(messages: Any, where: str) -> None:
-    """Raise DataError unless `messages` is a conversation to train on: roles in order, answered at the end."""
-    if not isinstance(messages, list | tuple):
-        raise DataError(f"{where}: expected a list of messages, got {_kind(messages)} (messages)")
-    if not messages:
-        raise DataError(f"{where}: empty conversation (messages)")
-    before = None
-    for index, message in enumerate(messages):
-        before = _check_message(message, before, f"messages[{index}]", where)
-    if before != "assistant":
-        raise DataError(
-            f"{where}: the conversation must end with the assistant, not with {before!r} "
-            f"(messages[{len(messages) - 1}].role)"
-        )
-
-
-def _check_message(message: Any, before: str | None, field: str, where: str) -> str:
-    if not isinstance(message, Mapping):
-        raise DataError(f"{where}: expected an object with role and content, got {_kind(message)} ({field})")
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}{did_you_mean(str(role), ROLES)} ({field}.role)")
-    follows = {
-        "system": (None,),
-        "user": (None, "system", "assistant"),
-        "assistant": ("user", "tool"),
-        "tool": ("assistant", "tool"),
-    }
-    if before not in follows[role]:
-        place = "first" if before is None else f"after {before!r}"
-        raise DataError(f"{where}: role {role!r} cannot come {place} ({field}.role)")
-    content: Any = message.get("content")
-    if role == "assistant" and message.get("tool_calls"):
-        if content is not None:
-            _check_text(content, f"{field}.content", where)
-        return str(role)
-    if "content" not in message:
-        raise DataError(f"{where}: missing ({field}.content)")
-    _check_text(content, f"{field}.content", where)
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{where}: empty answer, nothing to learn from ({field}.content)")
-    return str(role)
-
-
-def _check_text(value: Any, field: str, where: str) -> None:
-    if value is None:
-        raise DataError(f"{where}: null where text is required ({field})")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected text, got {_kind(value)} {value!r} ({field})")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: half of a surrogate pair, which no text can hold ({field})") from None
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "boolean",
-        int: "number",
-        float: "number",
-        str: "text",
-        list: "list",
-        tuple: "list",
-        dict: "object",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
-def _from_messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("messages", "tools") if row.get(key) is not None or key == "messages"}
-
-
-def _dialogue(prompt: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
-def _from_instruction(row: Mapping[str, Any]) -> dict[str, Any]:
-    parts = [row["instruction"], row.get("input", "")]
-    return _dialogue("\n\n".join(part for part in parts if part.strip()), row["output"])
-
-
 SCHEMAS: Mapping[SchemaName, Schema] = {
-    "messages": Schema(("messages",), ("tools",), _from_messages),
-    "prompt-completion": Schema(("prompt", "completion"), (), lambda row: _dialogue(row["prompt"], row["completion"])),
-    "instruction": Schema(("instruction", "output"), ("input",), _from_instruction),
-    "question-answer": Schema(("question", "answer"), (), lambda row: _dialogue(row["question"], row["answer"])),
-    "text": Schema(("text",), (), lambda row: {"text": row["text"]}),
+    "messages": Schema(("messages",), ("tools",), converters.from_messages, inverses.to_messages),
+    "conversations": Schema(
+        ("conversations",), ("system", "tools"), converters.from_conversations, inverses.to_conversations
+    ),
+    "preference": Schema(
+        ("chosen", "rejected"),
+        ("prompt",),
+        lambda row, where, labels: to_preference(row, where),
+        inverses.to_preference_row,
+    ),
+    "prompt-completion": Schema(("prompt", "completion"), ("tools",), converters.from_prompt, inverses.to_prompt),
+    "instruction": Schema(("instruction", "output"), ("input",), converters.from_instruction, inverses.to_instruction),
+    "instruction-response": Schema(
+        ("instruction", "response"), ("context",), converters.from_context, inverses.to_context
+    ),
+    "question-answer": Schema(("question", "answer"), (), converters.from_question, inverses.to_question),
+    "text-label": Schema(("text", "label"), (), converters.from_label, inverses.to_label),
+    "text": Schema(("text",), (), converters.from_text, inverses.to_text),
 }
 """Every schema by name, in the order in which they are recognised."""

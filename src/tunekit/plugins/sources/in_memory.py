@@ -1,38 +1,60 @@
 """InMemory: rows that are already in Python."""
 
-from collections.abc import Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
-from tunekit.core.fields import as_tuple
-from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.schemas import SchemaName, recognise, rename, to_example
-from tunekit.errors import ConfigError, DataError
+from tunekit.core.component import Context
+from tunekit.core.row_source import RowSource
+from tunekit.errors import ConfigError
+
+MOST = 100_000
+"""So many rows a run takes: its recipe holds them all."""
+
+
+def _as_rows(value: Any) -> Any:
+    """A list, a pandas DataFrame or a `datasets.Dataset` as a tuple of rows, without importing either package."""
+    package = type(value).__module__.partition(".")[0]
+    if package == "pandas" and hasattr(value, "to_dict"):
+        # What pandas calls missing (NaN, NaT, NA) is no value in a row.
+        columns, present = value.columns, value.notna().to_numpy()
+        records = zip(*(value[column].tolist() for column in columns), strict=True)
+        return tuple(
+            {str(name): cell for name, cell, there in zip(columns, record, marks, strict=True) if there}
+            for record, marks in zip(records, present, strict=True)
+        )
+    if package == "datasets" and hasattr(value, "features"):
+        from tunekit.plugins.sources.arrow import plain_rows
+
+        return tuple(plain_rows(value))
+    return tuple(value) if isinstance(value, list) else value
 
 
 @attrs.frozen(kw_only=True)
-class InMemory(DataSource):
-    """Rows given as a list of dicts. A saved recipe holds them whole.
+class InMemory(RowSource):
+    """Rows given as a list of dicts, a pandas DataFrame or a `datasets.Dataset`. A saved recipe holds them whole.
 
     Args:
         rows: the rows, all of one schema.
-        schema: "messages", "prompt-completion", "instruction", "question-answer" or "text"; None recognises it.
-        columns: for each of the schema's columns that is named otherwise in the rows, that other name.
     """
 
     name = "in-memory"
 
-    rows: tuple[Mapping[str, Any], ...] = attrs.field(converter=as_tuple, repr=lambda rows: f"<{len(rows)} rows>")
-    schema: SchemaName | None = None
-    columns: Mapping[str, str] | None = None
+    rows: tuple[Mapping[str, Any], ...] = attrs.field(converter=_as_rows, repr=lambda rows: f"<{len(rows)} rows>")
 
-    def load(self, split: str) -> Iterable[Example]:
-        """Yield the rows, checked; DataError names a bad one as `row N`."""
-        if split not in self.splits():
-            raise ConfigError(f"there is no split {split!r}; there is only 'train'", "InMemory.split")
-        if not self.rows:
-            raise DataError("InMemory: there are no rows")
-        schema = self.schema or recognise(rename(self.rows[0], self.columns, "row 1"), "row 1")
+    def check(self, context: Context) -> None:
+        """The rows must be few enough to be written into a recipe."""
+        if len(self.rows) > MOST:
+            raise ConfigError(
+                f"{len(self.rows):,} rows, and the recipe of a run holds them all; write them to a file, and read it "
+                "with JsonLines or Table",
+                "InMemory.rows",
+            )
+
+    def read(self, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Each row and its place as `row N`."""
         for number, row in enumerate(self.rows, start=1):
-            yield to_example(row, schema, f"row {number}", self.columns)
+            yield f"row {number}", row

@@ -1,92 +1,176 @@
 """JsonLines: one JSON object a line."""
 
-import codecs
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import attrs
 
-from tunekit.core.assets import resolve
 from tunekit.core.component import Context
-from tunekit.core.fields import as_text
-from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.schemas import SchemaName, recognise, rename, to_example
-from tunekit.errors import ConfigError, DataError
+from tunekit.core.input_files import as_paths, decode, find, open_bytes, without_mark
+from tunekit.core.row_source import RowSource
+from tunekit.errors import DataError
 
-_OTHER_ENCODINGS = {
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-}
+_BLOCK = 1 << 16
+"""Bytes of lines that are read at a time."""
+
+_COLON, _QUOTE, _BLANK = ord(":"), ord('"'), ord(" ")
 
 
 @attrs.frozen(kw_only=True)
-class JsonLines(DataSource):
-    """A file with one JSON object a line, in UTF-8. Blank lines are passed over; lines are counted from 1.
+class JsonLines(RowSource):
+    """Files with one JSON object a line, in UTF-8, gzip or not. Blank lines are passed over; lines are counted from 1.
 
     Args:
-        path: the file, or `tunekit:orders` for the embedded data.
-        schema: "messages", "prompt-completion", "instruction", "question-answer" or "text"; None recognises it.
-        columns: for each of the schema's columns that is named otherwise in the file, that other name.
+        path: a file, a glob pattern (`data/*.jsonl`; its files come sorted), several of these, or `tunekit:orders` for
+            the embedded data.
     """
 
     name = "json-lines"
 
-    path: str = attrs.field(converter=as_text)
-    schema: SchemaName | None = None
-    columns: Mapping[str, str] | None = None
+    path: str | tuple[str, ...] = attrs.field(converter=as_paths)
 
     def check(self, context: Context) -> None:
-        """The file must be there."""
-        path = Path(resolve(self.path)).expanduser()
-        if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            raise ConfigError(f"the file {self.path} {what}", "JsonLines.path")
+        """The files must be there."""
+        find(self.path, "JsonLines.path")
 
-    def load(self, split: str) -> Iterable[Example]:
-        """Yield the rows, checked; DataError names a bad one as `file:line: reason (field)`."""
-        if split not in self.splits():
-            raise ConfigError(f"there is no split {split!r}; there is only 'train'", "JsonLines.split")
-        schema, empty = self.schema, True
-        for where, row in self._rows():
-            schema, empty = schema or recognise(rename(row, self.columns, where), where), False
-            yield to_example(row, schema, where, self.columns)
-        if empty:
-            raise DataError(f"{self.path}: the file has no rows")
-
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read(self, split: str) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
         """Each row and its place as `file:line`."""
-        try:
-            file = Path(resolve(self.path)).expanduser().open("rb")
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}") from None
-        with file:
-            # Only \n ends a line: str.splitlines would also split at U+2028 inside of texts.
-            for number, line in enumerate(file, start=1):
-                where = f"{self.path}:{number}"
-                text = _decode(line, where, first=number == 1)
-                if text.strip():
-                    yield where, _parse(text, where, first=number == 1)
+        for path in find(self.path, "JsonLines.path"):
+            yield from _read(path)
 
 
-def _decode(line: bytes, where: str, first: bool) -> str:
-    if first:
-        for mark, encoding in _OTHER_ENCODINGS.items():
-            if line.startswith(mark):
-                raise DataError(f"{where}: looks like {encoding}; save the file as UTF-8")
-        line = line.removeprefix(codecs.BOM_UTF8)
+def _read(path: str) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
+    number, empty = 0, True
+    with open_bytes(path) as file:
+        # Only \n ends a line: str.splitlines would also split at U+2028 inside of texts.
+        while lines := file.readlines(_BLOCK):
+            if number == 0:
+                try:
+                    lines[0] = without_mark(lines[0], f"{path}:1")
+                except DataError as error:
+                    yield f"{path}:1", error
+                    return
+                unlike = _unlike_json_lines(lines[0])
+                if unlike:
+                    yield f"{path}:1", DataError(f"{path}:1: {unlike}")
+                    return
+            for line, row in zip(lines, parse_quickly(lines), strict=True):
+                number += 1
+                if row is not None:
+                    empty = False
+                    yield f"{path}:{number}", row
+                elif line.strip():
+                    empty = False
+                    place = f"{path}:{number}"
+                    try:
+                        yield place, parse_strictly(decode(line, place), place)
+                    except DataError as error:
+                        yield place, error
+    if empty:
+        yield path, DataError(f"{path}: the file has no rows")
+
+
+def _unlike_json_lines(line: bytes) -> str:
+    """What a file is that begins with this line, if it is none of ours: one error says it, instead of one a line."""
+    if line.lstrip().startswith(b"["):
+        return "the file is one JSON array; write one object a line (jq -c '.[]' file.json > file.jsonl)"
+    if line.lstrip().startswith(b"<"):
+        return "the file looks like HTML or XML, not like JSON Lines"
+    return ""
+
+
+def parse_quickly(lines: list[bytes]) -> list[dict[str, Any] | None]:
+    """For each line the object on it, or None where that is not certain: blank lines, and all that is not sound JSON.
+
+    Sound files are read at the speed of `json.loads`: the decoder runs over many lines of text as they stand, and keys
+    that stand twice are found by counting, over all of these lines together.
+    """
+    block = b"".join(lines)
+    rows: list[dict[str, Any]] = []
+    keys = at = 0
     try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
-        ) from None
+        text = block.decode("utf-8")
+        while at < len(text):
+            row, at = _decode(text, at)
+            if text[at : at + 1] != "\n":
+                if text[at : at + 2] == "\r\n":
+                    at += 1
+                elif at != len(text):
+                    break
+            at += 1
+            rows.append(row)
+            keys += len(row)
+            for value in row.values():
+                if type(value) is list:
+                    for item in value:
+                        if type(item) is dict:
+                            keys += len(item)
+    except (ValueError, AttributeError, TypeError, RecursionError):  # no JSON, or a row that is no object
+        rows = []
+    # Each row ends where a line ends, so if there are as many rows as lines, none began on one and ended on another.
+    if len(rows) == len(lines) and _has_so_many_keys(block, keys):
+        return list(rows)
+    return [_parse_line(line) for line in lines]
 
 
-def _parse(text: str, where: str, first: bool) -> dict[str, Any]:
+def _has_so_many_keys(block: bytes, count: int) -> bool:
+    """Whether it is certain that `block`, sound JSON lines, has no more keys than `count`, those that were parsed.
+
+    A colon that follows a key has before it the quote that ends the key, or blanks and that quote. Any other colon is
+    within a text. So if none comes after a quote and blanks, there are at most as many keys as colons after a quote.
+    """
+    import numpy
+
+    data = numpy.frombuffer(block, dtype=numpy.uint8)
+    at = numpy.flatnonzero(data == _COLON)
+    before = data[at - 1]
+    if int(numpy.count_nonzero(before == _QUOTE)) != count:
+        return False
+    further = data[at[before <= _BLANK] - 2]
+    return not bool(((further == _QUOTE) | (further <= _BLANK)).any())
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """One line as an object, or None where that is not certain."""
+    try:
+        text = line.decode("utf-8")
+        row, end = _decode(text)
+    except (ValueError, RecursionError):
+        return None
+    sound = type(row) is dict and (end == len(text) or text[end:].isspace()) and _has_each_key_once(row, text)
+    return row if sound else None
+
+
+def _has_each_key_once(row: dict[str, Any], text: str) -> bool:
+    """Whether it is certain that no key stands twice in any object of `text`, from which `row` was parsed.
+
+    JSON has one colon for each key, and besides those only colons within texts. If there are as many colons as `row`
+    has keys and colons in its values, none is left for a key that was overwritten. A colon written as an escape
+    (`\\u003a`) would be counted in the value alone, so then nothing is certain.
+    """
+    return text.count(":") == _colons(row) and "\\u003" not in text
+
+
+def _colons(value: Any) -> int:
+    """Keys, and colons in texts, within a parsed value. Those in keys are left out, which errs on the safe side."""
+    count = 0
+    if type(value) is dict:
+        count = len(value)
+        value = value.values()
+    for item in value:
+        if type(item) is str:
+            count += item.count(":")
+        elif type(item) is dict or type(item) is list:
+            count += _colons(item)
+    return count
+
+
+def parse_strictly(text: str, where: str) -> dict[str, Any]:
+    """One line as an object: no key twice, no NaN. Raises DataError with the place."""
+
     def refuse_constant(name: str) -> NoReturn:
         raise DataError(f"{where}: {name} is not JSON")
 
@@ -95,21 +179,27 @@ def _parse(text: str, where: str, first: bool) -> dict[str, Any]:
         if len(row) < len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise DataError(f"{where}: the key stands twice ({twice})")
+            # A key may hold what no terminal can show.
+            raise DataError(f"{where}: the key stands twice ({twice.encode(errors='backslashreplace').decode()})")
         return row
 
-    if first and text.lstrip().startswith("["):
-        raise DataError(
-            f"{where}: the file is one JSON array; write one object a line (jq -c '.[]' file.json > file.jsonl)"
-        )
-    if first and text.lstrip().startswith("<"):
-        raise DataError(f"{where}: the file looks like HTML or XML, not like JSON Lines")
     try:
         row = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise DataError(f"{where}: nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{where}: a number of too many digits") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
     return row
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).raw_decode

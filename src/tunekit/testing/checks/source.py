@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from itertools import islice
 
+from tunekit.core.conversations import check_messages
 from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.schemas import check_messages
 from tunekit.errors import ConfigError, DataError
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import Harness
@@ -76,6 +76,29 @@ def yields_plain_values(source: DataSource, harness: Harness) -> None:
                 raise AssertionError(f"row {number} of {split} is not JSON ({error}): yield plain values") from None
 
 
+def examines_what_it_loads(source: DataSource, harness: Harness) -> None:
+    """`examine` gives the rows of `load`, each with a place of its own, and bad rows as the DataError they give."""
+    for split in source.splits():
+        loaded = _rows(source, split)
+        examined = list(islice(source.examine(split), MOST))
+        places = []
+        for item in examined:
+            assert isinstance(item, tuple), f"examine({split!r}) gave a {type(item).__name__}: yield (place, row)"
+            place, row = item
+            assert isinstance(place, str), f"examine({split!r}) gave {item!r}: yield (place, row), the place a text"
+            assert place, f"examine({split!r}) gave an empty place for {row!r}: yield `file:line` or `row N`"
+            assert isinstance(row, Mapping | DataError), (
+                f"examine({split!r}) gave a {type(row).__name__} at {place}: yield a row, or the DataError it gives"
+            )
+            places += [] if isinstance(row, DataError) else [(place, row)]
+        sound = [row for _, row in places]
+        assert sound == loaded[: len(sound)], (
+            f"examine({split!r}) and load({split!r}) give different rows: let one of them call the other"
+        )
+        assert sound or not loaded, f"examine({split!r}) gave no sound row, and load({split!r}) {len(loaded)}"
+        assert source.on_error in ("stop", "skip"), f"on_error is {source.on_error!r}: make it 'stop' or 'skip'"
+
+
 def is_stateless(source: DataSource, harness: Harness) -> None:
     """Loading leaves it as it was."""
     with unchanged(source):
@@ -93,5 +116,6 @@ CHECKS = (
     repeats_itself,
     yields_examples,
     yields_plain_values,
+    examines_what_it_loads,
     is_stateless,
 )
