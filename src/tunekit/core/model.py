@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -38,6 +38,10 @@ class Base:
     def check(self) -> None:
         """Raise ConfigError for a model that cannot exist: no download, no torch."""
         path = self._path
+        try:
+            path.exists()
+        except OSError as error:
+            raise ConfigError(f"{self.model[:40]!r}...: {error.strerror}", "Pipeline.model") from None
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise ConfigError(f"the directory {path} holds no config.json, so it is no model", "Pipeline.model")
@@ -121,7 +125,12 @@ class Base:
             index = json.loads(find("model.safetensors.index.json").read_text(encoding="utf-8"))
         except OSError:
             return []
-        return [find(name) for name in sorted(set(index["weight_map"].values()))]
+        names = sorted(set(index["weight_map"].values()))
+        if strange := [name for name in names if PureWindowsPath(name).name != name]:
+            raise ConfigError(
+                f"{self.model!r} has weights in {strange[0]!r}, outside of its directory", "Pipeline.model"
+            )
+        return [find(name) for name in names]
 
     @property
     def label(self) -> str:

@@ -132,6 +132,7 @@ def reopen(directory: Path, table: Mapping[str, Any], fingerprint: str) -> Check
     if (directory / RESULT).exists():
         where = str(directory)
         raise ConfigError(f"the run in {where} is finished; read it with tunekit.open_run({where!r})", "directory")
+    _check_within(directory)
     found = checkpoint.newest(directory / CHECKPOINTS)
     if changed := recipe.differences(recipe.read(directory / RECIPE), table):
         raise ConfigError(
@@ -174,6 +175,15 @@ def history(directory: Path) -> list[dict[str, float]]:
     """Every logged line of `metrics.jsonl`, in order."""
     path = directory / METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _check_within(directory: Path) -> None:
+    """Raise ConfigError for a link that leads out of the run directory: what is written would be written there."""
+    for path in directory.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
+            raise ConfigError(
+                f"{path} is a link out of the run directory; a run writes into its own alone", "directory"
+            )
 
 
 def _forget_after(metrics: Path, step: int) -> None:
