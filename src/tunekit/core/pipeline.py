@@ -330,8 +330,7 @@ class Pipeline:
 
     def _open_base(self, directory: Path) -> Loaded:
         """The base of a finished run, whose adapter was found to be whole, and of this base and template."""
-        # On a machine of another kind, the dtype that is chosen by itself may be another.
-        dtype = str(files.read_json(directory / files.ENVIRONMENT)["dtype"])
+        dtype = str(files.read_json(directory / files.ENVIRONMENT)["dtype"])  # this machine might choose another
         context = self._context(device=choose_device(self.device), dtype=dtype, directory=directory)
         codec = self._codec()
         adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
