@@ -14,6 +14,13 @@ FAMILIES = {
     "Mistral": (SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}, QKVO, GATED),
     "Qwen2": (SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}, QKVO, GATED),
     "Gemma": (SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}, QKVO, GATED),
+    "Qwen3": (SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}, QKVO, GATED),
+    "Gemma2": (SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}, QKVO, GATED),
+    "Phi3": (
+        SMALL | {"intermediate_size": 64, "pad_token_id": 0},
+        ["o_proj", "qkv_proj"],
+        ["down_proj", "gate_up_proj"],
+    ),
     "Phi": (SMALL | {"intermediate_size": 64}, ["dense", "k_proj", "q_proj", "v_proj"], ["fc1", "fc2"]),
     "GPT2": (
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97},
@@ -36,6 +43,11 @@ ENCODERS = {
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 97},
         ["k", "o", "q", "v"],
         ["wi", "wo"],
+    ),
+    "BertForMaskedLM": (
+        SMALL | {"intermediate_size": 64},
+        ["attention.output.dense", "key", "query", "value"],
+        ["0.output.dense", "1.output.dense", "intermediate.dense"],
     ),
     "BertForSequenceClassification": (
         SMALL | {"intermediate_size": 64},
@@ -114,9 +126,13 @@ def test_an_expression_matches_whole_names_of_linear_layers_and_never_the_head()
         targets.select(model, "lm_head")
 
 
-def test_the_head_of_a_classifier_is_a_head():
-    model = build("BertForSequenceClassification")
-    assert not any("classifier" in name for name in targets.select(model, "all-linear"))
+@pytest.mark.parametrize(
+    ("family", "head"), [("BertForSequenceClassification", "classifier"), ("BertForMaskedLM", "cls.predictions")]
+)
+def test_the_head_of_another_task_is_a_head(family, head):
+    model = build(family)
+    assert any(head in name for name in targets.linear_layers(model))
+    assert not any(head in name for name in targets.select(model, "all-linear"))
 
 
 def test_a_head_is_adapted_where_it_is_named():
@@ -187,12 +203,6 @@ def test_a_module_to_be_trained_whole_must_be_there():
         tk.LoRA(trained_modules=("head",)).attach(tiny_model(), tk.Context(model_id="a/b"))
 
 
-@pytest.mark.parametrize("method", [tk.LoHa(), tk.LoKr()])
-def test_conv1d_layers_are_refused_by_those_that_cannot_adapt_them_naming_those_that_can(method):
-    with pytest.raises(tk.ConfigError, match=r"cannot adapt the Conv1D layer transformer.*; LoRA and IA3 can"):
-        method.attach(tiny_model("gpt2"), tk.Context(model_id="a/b"))
-
-
 # Experts -------------------------------------------------------------------------------------------------------------
 
 EXPERTS = {
@@ -233,11 +243,15 @@ ENDS = {
     "Mistral": USUAL,
     "Qwen2": USUAL,
     "Gemma": USUAL,
+    "Qwen3": USUAL,
+    "Gemma2": USUAL,
+    "Phi3": USUAL,
     "Phi": ["mlp.fc2", "self_attn.dense"],
     "GPT2": ["attn.c_proj", "mlp.c_proj"],
     "OPT": ["fc2", "self_attn.out_proj"],
     "Bloom": ["mlp.dense_4h_to_h", "self_attention.dense"],
     "T5ForConditionalGeneration": ["DenseReluDense.wo", "EncDecAttention.o", "SelfAttention.o"],
+    "BertForMaskedLM": ["attention.output.dense", "output.dense"],
     "BertForSequenceClassification": ["attention.output.dense", "output.dense"],
 }
 

@@ -61,10 +61,12 @@ class Base:
             raise ConfigError(f"cannot read {path}: {error}", "Pipeline.model") from None
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
+        """The model's configuration; ConfigError for one that is no causal language model."""
         from transformers import AutoConfig
 
-        return self._load(AutoConfig)
+        config: PretrainedConfig = self._load(AutoConfig)
+        _check_causal(config, self.model)
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -171,6 +173,28 @@ def label_of(model: str) -> str:
     """A model's id; of a local directory the last name, since the way there is of one machine only."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def _check_causal(config: PretrainedConfig, model: str) -> None:
+    """Raise ConfigError unless it is a decoder by itself: one that predicts each token from those before it.
+
+    transformers makes a causal language model of BERT, too: one that sees the tokens it is to predict.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    what = ""
+    if config.is_encoder_decoder:
+        what = "an encoder and a decoder"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        what = "an encoder"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        what = "no language model that transformers knows"
+    if what:
+        raise ConfigError(
+            f"{model!r} is {what} ({config.model_type}), and a pipeline trains causal language models: Llama, Qwen, "
+            "Mistral, Gemma, Phi, GPT-2 and their like; with a training loop of your own, use the method's attach",
+            "Pipeline.model",
+        )
 
 
 def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Context) -> PreTrainedModel:

@@ -26,7 +26,8 @@ class PeftMethod(AdapterMethod):
     """An adapter method of PEFT: attaching, saving in PEFT's own file layout, loading and merging are done here.
 
     A subclass gives `peft_config(context)`: a fresh configuration each time, since PEFT writes into it. Its
-    `target_modules` may be what `targets` of the built-in methods may be; `attach` finds the modules they stand for.
+    `target_modules` may be what `targets` of the built-in methods may be; `attach` finds the modules they stand for,
+    and has the task say "SEQ_2_SEQ_LM", or nothing, where it says "CAUSAL_LM" of a model that is none.
     """
 
     adapts_conv1d: ClassVar[bool] = True
@@ -41,6 +42,8 @@ class PeftMethod(AdapterMethod):
         from peft import get_peft_model
 
         config = self.peft_config(context)
+        if config.task_type == "CAUSAL_LM":
+            config.task_type = task_of(model)
         if hasattr(config, "target_modules"):
             self.place(config, model)
         try:
@@ -128,6 +131,13 @@ def _check_names(model: PeftModel, directory: Path) -> None:
         raise ConfigError(f"it lacks {len(lacking)} tensors that the model needs: {lacking[0]}, ...", str(path))
     if strange := sorted(stored - needed):
         raise ConfigError(f"it has {len(strange)} tensors that fit nowhere: {strange[0]}, ...", str(path))
+
+
+def task_of(model: PreTrainedModel) -> str | None:
+    """PEFT's word for what `model` generates; None for one that does not, which its wrappers for the others refuse."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
 
 
 @contextmanager

@@ -134,11 +134,11 @@ def test_a_layer_whose_end_has_another_name_is_named_with_what_there_is():
 
 
 def test_the_file_says_what_its_layout_is(tmp_path):
-    adapter = tk.Bottleneck(size=3, activation="gelu")
+    adapter = tk.Bottleneck(size=3, activation="relu")
     adapter.save(adapter.attach(tiny_model(), CONTEXT), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bottleneck.json", "trained.safetensors"]
     stated = json.loads((tmp_path / "bottleneck.json").read_text(encoding="utf-8"))
-    assert stated == {"size": 3, "placement": "houlsby", "activation": "gelu", "names": PLACES["houlsby"]}
+    assert stated == {"size": 3, "placement": "houlsby", "activation": "relu", "names": PLACES["houlsby"]}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_file_says_what_its_layout_is(tmp_path):
     [
         (tk.Bottleneck(size=4), "has other size: 3 there, 4 here"),
         (tk.Bottleneck(size=3, placement="pfeiffer"), "has other placement: houlsby there, pfeiffer here"),
-        (tk.Bottleneck(size=3, activation="silu"), "has other activation: relu there, silu here"),
+        (tk.Bottleneck(size=3, activation="silu"), "has other activation: gelu there, silu here"),
         (tk.Bottleneck(size=3, targets=("q_proj",)), r"has other names: \['model.layers.0.self_attn.o_proj'.*q_proj"),
     ],
     ids=["size", "placement", "activation", "names"],
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_such_a_model_holds_its_base_under_the_names_of_the_base
 
 
 def test_over_a_bfloat16_base_its_parameters_are_float32_and_the_sum_is_rounded_once():
-    model = randomized(tk.Bottleneck(size=6), tiny_model().bfloat16())
+    model = randomized(tk.Bottleneck(size=6, activation="relu"), tiny_model().bfloat16())
     assert {parameter.dtype for parameter in trained_parameters(model).values()} == {torch.float32}
     layer = model.model.layers[0].mlp.down_proj
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -274,10 +274,7 @@ def empty(family, config):
 
     name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}For{TASKS.get(family, 'CausalLM')}"
     with torch.device("meta"):
-        model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**config))
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        model.prepare_inputs_for_generation = None  # PEFT's causal wrapper asks an encoder for it, too
-    return model
+        return getattr(transformers, name)(getattr(transformers, f"{family}Config")(**config))
 
 
 @functools.cache

@@ -60,6 +60,10 @@ class LastLayers(AdapterMethod):
 
         size = model.config.get_text_config().num_hidden_layers
         lists = [(name, found) for name, found in model.named_modules() if isinstance(found, nn.ModuleList)]
+        if model.config.is_encoder_decoder:  # the encoder's list stands first, and the decoder's may have another size
+            within = set(model.get_decoder().modules())
+            lists = [(name, found) for name, found in lists if found in within]
+            size = len(lists[0][1])
         stacks = [name for name, found in lists if len(found) == size]
         if not stacks:
             raise ConfigError(f"{type(model).__name__} has no list of its {size} layers", "LastLayers")

@@ -65,6 +65,7 @@ class PrefixTuning(PeftMethod):
         """Freeze the model, and put the keys and values of real tokens before those of its input."""
         import torch
 
+        virtual_tokens.check_causal(model, "PrefixTuning")
         ids = virtual_tokens.rows(model, self.virtual_tokens, self.init_text, context)
         start = None if ids.is_meta else _keys_and_values(model, ids)
         wrapped = virtual_tokens.hide(super().attach(model, context))

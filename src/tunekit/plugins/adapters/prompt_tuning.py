@@ -61,6 +61,7 @@ class PromptTuning(PeftMethod):
         """Freeze the model, and put embeddings of real tokens before its input."""
         import torch
 
+        virtual_tokens.check_causal(model, "PromptTuning")
         ids = virtual_tokens.rows(model, self.virtual_tokens, self.init_text, context)
         with torch.no_grad():
             start = model.get_input_embeddings()(ids)

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from tunekit.core.component import Context
 from tunekit.core.model import Base
+from tunekit.core.peft_method import task_of
 from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+def check_causal(model: PreTrainedModel, where: str) -> None:
+    """Raise ConfigError for a model that does not predict each token from those before it, virtual ones included."""
+    counted = next(model.parameters()).is_meta  # where nothing can be run, any model's parameters can be counted
+    if task_of(model) != "CAUSAL_LM" and not counted:
+        kind = type(model).__name__
+        raise ConfigError(f"{kind} is no causal language model to put virtual tokens before; LoRA adapts it", where)
 
 
 def hide(model: PeftModel) -> PeftModel:
