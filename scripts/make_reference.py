@@ -22,6 +22,7 @@ MADE = "<!-- Written by scripts/make_reference.py. Change the docstring in the s
 BUILTINS = {f"{lazy.kind}-{lazy.name}.md": getattr(tk, lazy.target.rpartition(":")[2]) for lazy in COMPONENTS}
 REQUIRED: dict[str, dict[str, Any]] = {
     "json-lines": {"path": "train.jsonl"},
+    "peft": {"type": "VERA", "options": {"target_modules": "all-linear"}},
     "in-memory": {"rows": [{"prompt": "What is 2 + 3?", "completion": "5"}]},
 }
 """Fields of built-ins that have no default, for the snippets."""

@@ -20,7 +20,7 @@ WARM_IMPORT = 0.2
 BUILT_INS = """
 import attrs, tunekit as tk
 from tunekit.core.registry import default_registry
-FIELDS = {"path": tk.ORDERS, "paths": (tk.ORDERS,), "rows": [{"text": "a"}], "name": "a/b", "dataset": "a/b"}
+FIELDS = {"path": tk.ORDERS, "paths": (tk.ORDERS,), "rows": [{"text": "a"}], "name": "a/b", "dataset": "a/b", "type": "VERA"}
 made = []
 for kind in ("source", "adapter", "quantizer", "trainer", "evaluator"):
     for name in default_registry().names(kind):

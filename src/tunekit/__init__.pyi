@@ -48,6 +48,7 @@ from .plugins.adapters.last_layers import LastLayers as LastLayers
 from .plugins.adapters.loha import LoHa as LoHa
 from .plugins.adapters.lokr import LoKr as LoKr
 from .plugins.adapters.lora import LoRA as LoRA
+from .plugins.adapters.peft import Peft as Peft
 from .plugins.adapters.prefix_tuning import PrefixTuning as PrefixTuning
 from .plugins.adapters.prompt_tuning import PromptTuning as PromptTuning
 from .plugins.adapters.qlora import QLoRA as QLoRA

@@ -24,6 +24,8 @@ ADAPTERS = (
     tk.AdaLoRA(initial_rank=6, target_rank=2, interval=2),
     tk.PromptTuning(virtual_tokens=4),
     tk.PrefixTuning(virtual_tokens=4),
+    tk.Peft(type="HRA", options={"target_modules": "all-linear"}),
+    tk.Peft(type="P_TUNING", options={"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
 )
 QUANTIZERS = (tk.NF4(), tk.NF4(double_quantization=False), tk.Int8())
 TRAINERS = (

@@ -11,7 +11,7 @@ import attrs
 
 from tunekit.core.batching import supervised_tokens
 from tunekit.core.codec import Codec
-from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
+from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Example, Trainer
 from tunekit.core.rows import Placed, rank, read
 from tunekit.errors import ConfigError, DataError
 
@@ -54,7 +54,7 @@ def load(
     codec: Codec,
     longest: int | None,
     seed: int,
-    taken: int = 0,
+    adapter: AdapterMethod | None = None,
 ) -> Data:
     """Read, split and encode.
 
@@ -65,12 +65,13 @@ def load(
         codec: tokenizer and template.
         longest: the model's context length in tokens; None where it is unknown.
         seed: chooses which rows a share holds out.
-        taken: tokens of the context that the adapter method takes from every row.
+        adapter: says how many tokens of the context it takes from every row; None for none.
 
     Raises:
         ConfigError: the method takes the whole context.
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
+    taken = adapter.extra_tokens() if adapter else 0
     room = None if longest is None else longest - taken
     if room is not None and room < 2:  # a token to predict, and one to predict it from
         raise ConfigError(

@@ -88,8 +88,7 @@ class PeftMethod(AdapterMethod):
 
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained` reads them."""
-        for config in model.peft_config.values():
-            config.inference_mode = True
+        # It writes inference_mode=True by itself; set here, p-tuning would save, and go on with, its network's input.
         # PEFT's "auto" asks the Hub on every save whether the vocabulary was resized; tunekit never resizes it.
         model.save_pretrained(directory, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

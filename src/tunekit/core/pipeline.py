@@ -288,8 +288,7 @@ class Pipeline:
         return Codec(self._base.tokenizer(), self.template)
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
-        taken = self.adapter.extra_tokens()
-        data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, taken)
+        data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, self.adapter)
         if data.validation:
             for evaluator in self.evaluators:
                 evaluator.check_data(data.validation)

@@ -23,6 +23,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("adapter", "adalora", "tunekit.plugins.adapters.adalora:AdaLoRA"),
     Lazy("adapter", "prompt-tuning", "tunekit.plugins.adapters.prompt_tuning:PromptTuning"),
     Lazy("adapter", "prefix-tuning", "tunekit.plugins.adapters.prefix_tuning:PrefixTuning"),
+    Lazy("adapter", "peft", "tunekit.plugins.adapters.peft:Peft"),
     Lazy("adapter", "qlora", "tunekit.plugins.adapters.qlora:QLoRA"),
     Lazy("quantizer", "nf4", "tunekit.plugins.quantizers.nf4:NF4"),
     Lazy("quantizer", "int8", "tunekit.plugins.quantizers.int8:Int8"),

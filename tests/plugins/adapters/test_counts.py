@@ -4,8 +4,6 @@ Each case cites who printed the number. Where transformers ties weights today th
 parameters are compared.
 """
 
-import functools
-
 import pytest
 
 import tunekit as tk
@@ -225,6 +223,12 @@ PUBLISHED = {
     # 20 before the encoder and 20 before the decoder: as many numbers as 40 before a model without encoder.
     "PEFT notebook: T5-large": (T5_LARGE, tk.PromptTuning(virtual_tokens=40), 40_960, 737_709_056),
     "PEFT prefix_tuning.md: bloomz-560m": (BLOOMZ, tk.PrefixTuning(virtual_tokens=20), 983_040, 560_197_632),
+    "PEFT p_tuning.md: bloomz-560m": (
+        BLOOMZ,
+        tk.Peft(type="P_TUNING", options={"num_virtual_tokens": 20, "encoder_hidden_size": 128}),
+        300_288,
+        559_514_880,
+    ),
     "PEFT prefix tuning notebook: bloomz-560m": (BLOOMZ, tk.PrefixTuning(virtual_tokens=30), 1_474_560, 560_689_152),
 }
 """Source: (model, method, trained parameters, all parameters)."""
@@ -277,15 +281,10 @@ def empty(family, config):
         return getattr(transformers, name)(getattr(transformers, f"{family}Config")(**config))
 
 
-@functools.cache
-def counted(family, config, method):
-    return count_parameters(method.attach(empty(family, dict(config)), tk.Context(model_id="a/b", total_steps=100)))
-
-
 def counts(model, method):
     """Trained and all parameters."""
     family, config = model
-    return counted(family, tuple(config.items()), method)
+    return count_parameters(method.attach(empty(family, dict(config)), tk.Context(model_id="a/b", total_steps=100)))
 
 
 @pytest.mark.parametrize("source", PUBLISHED)
