@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunekit.core import targets
 from tunekit.core.component import Context
@@ -18,7 +18,7 @@ from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -51,6 +51,7 @@ class PeftMethod(AdapterMethod):
                 wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"{error}", self.name) from error
+        _train_in_float32(wrapped)
         # PEFT notes the path the base was loaded from, which others have not, and no revision at all.
         config.base_model_name_or_path = label_of(context.model_id)
         config.revision = getattr(model.config, "_commit_hash", None)
@@ -95,12 +96,15 @@ class PeftMethod(AdapterMethod):
 
     def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
         """A PeftModel over `model` with the saved adapter, for inference; ConfigError if its tensors do not fit."""
-        from peft import PeftModel
+        from peft import PeftModel, set_peft_model_state_dict
+        from safetensors.torch import load_file
 
         try:
             with _quiet():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
                 loaded = PeftModel.from_pretrained(model, directory)
+                if _train_in_float32(loaded):  # PEFT has rounded what it put there
+                    set_peft_model_state_dict(loaded, load_file(directory / "adapter_model.safetensors"))
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
         _check_names(loaded, directory)
@@ -113,6 +117,33 @@ class PeftMethod(AdapterMethod):
         merged = copy.deepcopy(model)
         dtype = next(merged.base_model.parameters()).dtype
         return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+
+
+def _train_in_float32(model: PeftModel) -> bool:
+    """Have modules that are trained whole in float32 as well, which PEFT copies in the base's dtype; whether any is."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found = False
+    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        if any(parameter.dtype.itemsize < 4 for parameter in wrapper.modules_to_save.parameters()):
+            wrapper.modules_to_save.float()
+            # On the wrapper, not on the copy: a merged model keeps the copy alone.
+            wrapper.register_forward_pre_hook(_as_the_copy)
+            wrapper.register_forward_hook(_as_the_original)
+            found = True
+    return found
+
+
+def _as_the_copy(wrapper: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Activations in the dtype of the weights in use; token ids as they are."""
+    chosen = wrapper.original_module if wrapper.disable_adapters else wrapper.modules_to_save
+    dtype = next(chosen.parameters()).dtype
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+def _as_the_original(wrapper: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    """What the base goes on with, in its own dtype."""
+    return output.to(next(wrapper.original_module.parameters()).dtype)
 
 
 def _check_names(model: PeftModel, directory: Path) -> None:

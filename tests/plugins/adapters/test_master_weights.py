@@ -52,3 +52,26 @@ def test_what_is_trained_is_float32_from_the_start_to_the_file(name, tiny_direct
     assert {tensor.dtype for tensor in stored} == {torch.float32}
     # A step of 1e-5 moves a float32 weight, and would be lost in a bfloat16 one.
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in stored)
+
+
+@pytest.mark.parametrize("trained", [("lm_head",), ("embed_tokens",)])
+def test_modules_that_lora_trains_whole_are_float32_too(trained, tiny_directory, tmp_path):
+    pipeline = tk.Pipeline(
+        model=str(tiny_directory),
+        data=tk.InMemory(rows=ROWS),
+        adapter=tk.LoRA(rank=2, trained_modules=trained),
+        trainer=tk.SFT(max_steps=4, batch_size=2, learning_rate=1e-3),
+        dtype="bfloat16",
+        device="cpu",
+    )
+    run = pipeline.run(tmp_path / "run")
+    live, opened = run._model(tuned=True).model, tk.open_run(run.directory)._model(tuned=True).model
+    assert dtypes(live) == {"torch.float32"}
+    ids = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(live(ids).logits, opened(ids).logits)
+    name = next(name for name, _ in live.named_parameters() if f"{trained[0]}.modules_to_save" in name)
+    kept = live.get_parameter(name)
+    assert not torch.equal(kept, kept.bfloat16().float())
+    written = load_file(run.export(tmp_path / "merged", dtype="float32") / "model.safetensors")
+    assert any(value.shape == kept.shape and torch.equal(value, kept) for value in written.values())
