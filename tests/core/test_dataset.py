@@ -155,3 +155,24 @@ def test_a_preference_is_refused_by_a_trainer_that_learns_one_answer():
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
     source = InMemory(rows=rows, schema="prompt-completion", columns={"completion": "chosen"})
     assert next(iter(source.load("train")))["messages"][1]["content"] == "a"
+
+
+@pytest.mark.parametrize("begin", [False, True], ids=["no-bos", "bos"])
+@pytest.mark.parametrize("size", [3, 7, 10, 11, 40])
+def test_a_long_text_is_split_into_windows_that_teach_each_token_once_and_are_counted(begin, size):
+    codec = Codec(tiny_tokenizer(begin=begin))
+    rows = [{"text": "".join(chr(97 + at) for at in range(25))}, {"text": "z"}]
+    source = InMemory(rows=rows)
+    data = dataset.load(source, 0, SFT(max_length=size, on_long="split"), codec, None, 0)
+    whole = codec.encode(rows[0])["input_ids"]
+    learned = [label for row in data.train[:-1] for label in row["labels"][1:] if label != IGNORED]
+    assert learned == whole[1:], "the first token is predicted by nothing"
+    assert all(len(row["input_ids"]) == len(row["labels"]) <= size for row in data.train)
+    assert all((row["input_ids"][0] == codec.tokenizer.bos_token_id) == begin for row in data.train)
+    assert all(label in (IGNORED, token) for row in data.train for token, label in zip(*row.values(), strict=True))
+    assert data.changed == ({} if len(whole) <= size else {f"train: split into windows of {size} tokens": 1})
+
+
+def test_a_conversation_is_not_split():
+    with pytest.raises(DataError, match=r"row \d of train: a conversation of \d+ tokens, and only plain texts"):
+        load(LONG, SFT(max_length=60, on_long="split"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tunekit.core.codec import IGNORED
 from tunekit.core.interfaces import Encoded
+from tunekit.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,28 @@ def chunks(lengths: Sequence[int], tokens: int, most: int | None = None, padded:
         held += size
     if group:
         yield group
+
+
+def windows(encoded: Encoded, size: int, begin: int | None) -> list[Encoded]:
+    """A text's tokens in stretches of at most `size`, each token learned in exactly one of them.
+
+    A stretch begins with the last token of the one before, which is not learned again: the first token of a row is
+    predicted by nothing. If the text begins with the token `begin` (BOS), so does each stretch.
+    """
+    ids, labels = list(encoded["input_ids"]), list(encoded["labels"])
+    head = ids[:1] if ids[0] == begin else []
+    room = size - len(head) - 1
+    if room < 1:
+        raise DataError(f"a text cannot be split into windows of {size} tokens; set max_length higher")
+    made: list[Encoded] = [{"input_ids": ids[:size], "labels": labels[:size]}]
+    for at in range(size, len(ids), room):
+        made.append(
+            {
+                "input_ids": [*head, *ids[at - 1 : at + room]],
+                "labels": [IGNORED] * (len(head) + 1) + labels[at : at + room],
+            }
+        )
+    return made
 
 
 def lengths(rows: Sequence[Encoded]) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from tunekit.core.batching import supervised_tokens
+from tunekit.core.batching import supervised_tokens, windows
 from tunekit.core.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Example, Trainer
 from tunekit.core.rows import Placed, rank, read
@@ -162,6 +162,16 @@ def _encode(
         length = len(encoded["input_ids"])
         if limit is not None and length > limit:
             too_long.append(length)
+            if trainer.on_long == "split":
+                if "text" not in row:
+                    raise DataError(
+                        f"row {number} of {split}: a conversation of {length} tokens, and only plain texts can be "
+                        f"split: an answer makes no sense without its question. {way_out.format(longest=length)} "
+                        "on_long='truncate' or 'drop'"
+                    )
+                kept += windows(encoded, limit, codec.tokenizer.bos_token_id)
+                changed[f"{split}: split into windows of {limit} tokens"] += 1
+                continue
             encoded = {name: values[:limit] for name, values in encoded.items()}
             if trainer.on_long == "drop":
                 changed[f"{split}: dropped, longer than {limit} tokens"] += 1
@@ -174,7 +184,7 @@ def _encode(
     if too_long and trainer.on_long == "error":
         raise DataError(
             f"{len(too_long)} rows of {split} are longer than {limit} tokens; the longest has {max(too_long)}. "
-            f"{way_out.format(longest=max(too_long))} on_long='truncate' or 'drop'"
+            f"{way_out.format(longest=max(too_long))} on_long='truncate' or 'drop' (plain texts: 'split')"
         )
     if not kept:
         raise DataError(f"no row of {split} is left to use: {dict(changed)}")

@@ -163,8 +163,8 @@ class Trainer(Component):
     kind: ClassVar[Literal["trainer"]] = "trainer"
     max_length: int | None = None
     """Longest row in tokens; None means the context length of the model."""
-    on_long: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a longer row; drops and cuts are counted in the plan and the result."""
+    on_long: Literal["error", "drop", "truncate", "split"] = "error"
+    """What happens to a longer row ("split": plain texts, into windows); each is counted in the plan and the result."""
 
     @abstractmethod
     def planned_steps(self, rows: int) -> int:

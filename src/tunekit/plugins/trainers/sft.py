@@ -67,7 +67,8 @@ class SFT(Trainer):
             them, where the model gives the same loss so.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
-        on_long: "error", "drop" or "truncate" rows that are longer than max_length; counted in plan and result.
+        on_long: "error", "drop" or "truncate" rows that are longer than max_length, or "split" them into windows, which
+            works for plain texts; counted in plan and result.
         order: rows "shuffled" anew each epoch by the seed, or "as-given".
         save_every: steps between checkpoints; None saves at the end of each epoch.
         keep: how many checkpoints stay, the newest.
@@ -91,7 +92,7 @@ class SFT(Trainer):
     chunked_loss: bool = True
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
-    on_long: Literal["error", "drop", "truncate"] = "error"
+    on_long: Literal["error", "drop", "truncate", "split"] = "error"
     order: Order = "shuffled"
     save_every: int | None = attrs.field(default=None, validator=at_least(1))
     keep: int = attrs.field(default=2, validator=at_least(1))
