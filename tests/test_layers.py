@@ -52,6 +52,7 @@ ORDER = [
     "core.segments",
     "core.head_loss",
     "core.rows_loss",
+    "core.preview",
     # one run
     "core.checkpoint",
     "core.observers",

@@ -22,6 +22,8 @@ from .core.pipeline import open_run as open_run
 from .core.plan import Plan as Plan
 from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins
+from .core.preview import Preview as Preview
+from .core.preview import preview as preview
 from .core.registry import register as register
 from .core.result import Run as Run
 from .core.row_source import RowSource as RowSource

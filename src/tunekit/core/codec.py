@@ -138,6 +138,11 @@ class Codec:
         last = next(label for label in reversed(labels) if label != IGNORED)
         return tuple(dict.fromkeys((self.tokenizer.eos_token_id, last)))
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The tokens that steer the model (ends, beginnings, roles), which no text becomes."""
+        return self._tokens.special_ids
+
     def contract(self) -> dict[str, Any]:
         """What training and use must have in common, in JSON values: to be saved with an adapter, and checked later.
 

@@ -24,6 +24,7 @@ from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Exampl
 from tunekit.core.model import Base, Loaded, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
+from tunekit.core.preview import Preview, first_rows
 from tunekit.core.registry import default_registry
 from tunekit.core.result import Run
 from tunekit.core.run import RunLog
@@ -125,6 +126,10 @@ class Pipeline:
         """The rows a run trains on, and those it holds out."""
         train, held_out = dataset.split(self.data, self.validation, self.seed, Counter())
         return [row for _, row in train], [row for _, row in held_out]
+
+    def preview(self, rows: int = 3) -> Preview:
+        """The first `rows` of the data as the model will see them; see `tunekit.preview`."""
+        return first_rows(self._base, self.data, self.template, self.trainer, rows)
 
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
