@@ -174,5 +174,5 @@ def test_a_long_text_is_split_into_windows_that_teach_each_token_once_and_are_co
 
 
 def test_a_conversation_is_not_split():
-    with pytest.raises(DataError, match=r"row \d of train: a conversation of \d+ tokens, and only plain texts"):
+    with pytest.raises(DataError, match=r"row \d: a conversation of \d+ tokens, and only plain texts"):
         load(LONG, SFT(max_length=60, on_long="split"))

@@ -31,6 +31,7 @@ PAGES = [
     "README.md",
     "docs/quickstart.md",
     "docs/concepts.md",
+    "docs/data.md",
     "docs/quantization.md",
     "docs/writing-a-plugin.md",
     "CONTRIBUTING.md",

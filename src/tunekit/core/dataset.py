@@ -165,7 +165,7 @@ def _encode(
             if trainer.on_long == "split":
                 if "text" not in row:
                     raise DataError(
-                        f"row {number} of {split}: a conversation of {length} tokens, and only plain texts can be "
+                        f"{place}: a conversation of {length} tokens, and only plain texts can be "
                         f"split: an answer makes no sense without its question. {way_out.format(longest=length)} "
                         "on_long='truncate' or 'drop'"
                     )

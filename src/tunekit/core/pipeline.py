@@ -269,11 +269,7 @@ class Pipeline:
         return [part for part in parts if isinstance(part, Component)]
 
     def _context(
-        self,
-        device: str | None = None,
-        dtype: str | None = None,
-        steps: int = 0,
-        directory: Path | None = None,
+        self, device: str | None = None, dtype: str | None = None, steps: int = 0, directory: Path | None = None
     ) -> Context:
         return Context(
             model_id=self.model,
