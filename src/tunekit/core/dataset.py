@@ -82,12 +82,18 @@ def load(
     if taken and limit == room:
         way_out = f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
     changed: Counter[str] = Counter()
-    rows, held_out = split(source, validation, seed, changed)
+    train, held_out = split(source, validation, seed, changed)
     return Data(
-        train=_encode(rows, "train", trainer, codec, limit, way_out, changed),
+        train=_encode(train, "train", trainer, codec, limit, way_out, changed),
         validation=_encode(held_out, "validation", trainer, codec, limit, way_out, changed) if held_out else [],
         changed=dict(changed),
     )
+
+
+def rows(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out rows, not encoded; see `load` for the arguments. DataError if there are none."""
+    train, held_out = split(source, validation, seed, Counter())
+    return [row for _, row in train], [row for _, row in held_out]
 
 
 def split(

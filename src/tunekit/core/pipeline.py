@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,8 +123,7 @@ class Pipeline:
 
     def rows(self) -> tuple[Sequence[Example], Sequence[Example]]:
         """The rows a run trains on, and those it holds out."""
-        train, held_out = dataset.split(self.data, self.validation, self.seed, Counter())
-        return [row for _, row in train], [row for _, row in held_out]
+        return dataset.rows(self.data, self.validation, self.seed)
 
     def preview(self, rows: int = 3) -> Preview:
         """The first `rows` of the data as the model will see them; see `tunekit.preview`."""
