@@ -23,6 +23,12 @@ BUILTINS = {f"{lazy.kind}-{lazy.name}.md": getattr(tk, lazy.target.rpartition(":
 REQUIRED: dict[str, dict[str, Any]] = {
     "json-lines": {"path": "train.jsonl"},
     "peft": {"type": "VERA", "options": {"target_modules": "all-linear"}},
+    "table": {"path": "train.csv"},
+    "hub": {"id": "openai/gsm8k", "subset": "main"},
+    "text-files": {"path": "books/*.txt"},
+    "mixture": {"sources": (tk.JsonLines(path="a.jsonl"), tk.JsonLines(path="b.jsonl")), "weights": (3.0, 1.0)},
+    "filtered": {"source": tk.JsonLines(path="train.jsonl"), "min_length": 20},
+    "split": {"source": tk.JsonLines(path="train.jsonl")},
     "in-memory": {"rows": [{"prompt": "What is 2 + 3?", "completion": "5"}]},
 }
 """Fields of built-ins that have no default, for the snippets."""
@@ -100,7 +106,9 @@ def show(value: Any) -> str:
     if isinstance(value, tuple) and value:
         return f"({', '.join(map(show, value))},)"
     if isinstance(value, tk.Component):
-        return f"tk.{type(value).__name__}()"
+        told = {field.name: (getattr(value, field.name), field.default) for field in attrs.fields(type(value))}
+        given = ", ".join(f"{name}={show(mine)}" for name, (mine, default) in told.items() if mine != default)
+        return f"tk.{type(value).__name__}({given if type(value).kind == 'source' else ''})"
     return repr(value).replace("'", '"') if isinstance(value, str | dict) else repr(value)
 
 

@@ -59,8 +59,14 @@ from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy
 from .plugins.quantizers.int8 import Int8 as Int8
 from .plugins.quantizers.nf4 import NF4 as NF4
+from .plugins.sources.filtered import Filtered as Filtered
+from .plugins.sources.hub import Hub as Hub
 from .plugins.sources.in_memory import InMemory as InMemory
 from .plugins.sources.json_lines import JsonLines as JsonLines
+from .plugins.sources.mixture import Mixture as Mixture
+from .plugins.sources.split import Split as Split
+from .plugins.sources.table import Table as Table
+from .plugins.sources.text_files import TextFiles as TextFiles
 from .plugins.trainers.sft import SFT as SFT
 from .plugins.trainers.transformers import Transformers as Transformers
 

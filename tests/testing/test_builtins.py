@@ -1,11 +1,21 @@
 """Every built-in component passes the conformance kit; one that is not listed here makes the last test fail."""
 
+from pathlib import Path
+
 import tunekit as tk
 from tunekit.core.interfaces import INTERFACES
 from tunekit.core.registry import Registry
 from tunekit.testing import parametrize
 
+TABLE = Path(__file__).with_name("table") / "train.csv"
+REPEATED = [{"prompt": f"number {number % 30}", "completion": "a"} for number in range(60)]
 SOURCES = (
+    tk.Table(path=TABLE),
+    tk.TextFiles(path=TABLE, pattern=".*,.*,.*"),
+    tk.Hub(id=str(TABLE.parent)),
+    tk.Mixture(sources=(tk.JsonLines(path=tk.ORDERS), tk.InMemory(rows=REPEATED)), weights=(3.0, 1.0), caps=(20, 40)),
+    tk.Filtered(source=tk.InMemory(rows=REPEATED), min_length=2, matches="[0-8]", unique=True),
+    tk.Split(source=tk.InMemory(rows=REPEATED), train=0.6, validation=0.2, test=0.2),
     tk.InMemory(rows=[{"text": "a text"}, {"text": "another"}]),
     tk.JsonLines(path=tk.ORDERS),
 )

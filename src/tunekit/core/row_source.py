@@ -12,7 +12,7 @@ from tunekit.core.conversations import kind_of
 from tunekit.core.fields import as_tuple
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.core.schemas import SchemaName, recognise, rename, to_example
-from tunekit.errors import ConfigError, DataError
+from tunekit.errors import ConfigError, DataError, LeftOut
 
 
 @attrs.frozen(kw_only=True)
@@ -45,16 +45,11 @@ class RowSource(DataSource):
 
     def load(self, split: str) -> Iterable[Example]:
         """Yield the rows, checked; the first bad one is a DataError that names its place."""
-        for _, row in self.examine(split):
-            if isinstance(row, DataError):
-                raise row
-            yield row
+        return strictly(self.examine(split))
 
     def examine(self, split: str) -> Iterator[tuple[str, Example | DataError]]:
         """Every row with its place, converted; a bad row as its DataError."""
-        if split not in self.splits():
-            there = ", ".join(map(repr, self.splits()))
-            raise ConfigError(f"there is no split {split!r}; there is {there}", f"{type(self).__name__}.split")
+        check_split(self, split)
         schema = self.schema
         place = type(self).__name__
         empty = True
@@ -87,3 +82,19 @@ class RowSource(DataSource):
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise DataError(f"{place}: expected text or a whole number that names the group ({self.group})")
         return str(value)
+
+
+def strictly(examined: Iterable[tuple[str, Example | DataError]]) -> Iterator[Example]:
+    """The rows of `examine` as `load` gives them: the first bad one is raised, one left out on purpose passed over."""
+    for _, row in examined:
+        if not isinstance(row, DataError):
+            yield row
+        elif not isinstance(row, LeftOut):
+            raise row
+
+
+def check_split(source: DataSource, split: str) -> None:
+    """Raise ConfigError unless `source` has the split."""
+    if split not in source.splits():
+        there = ", ".join(map(repr, source.splits()))
+        raise ConfigError(f"there is no split {split!r}; there is {there}", f"{type(source).__name__}.split")

@@ -13,6 +13,12 @@ from tunekit.core.registry import default_registry
 COMPONENTS: tuple[Lazy, ...] = (
     Lazy("source", "in-memory", "tunekit.plugins.sources.in_memory:InMemory"),
     Lazy("source", "json-lines", "tunekit.plugins.sources.json_lines:JsonLines"),
+    Lazy("source", "table", "tunekit.plugins.sources.table:Table"),
+    Lazy("source", "hub", "tunekit.plugins.sources.hub:Hub"),
+    Lazy("source", "text-files", "tunekit.plugins.sources.text_files:TextFiles"),
+    Lazy("source", "mixture", "tunekit.plugins.sources.mixture:Mixture"),
+    Lazy("source", "filtered", "tunekit.plugins.sources.filtered:Filtered"),
+    Lazy("source", "split", "tunekit.plugins.sources.split:Split"),
     Lazy("adapter", "lora", "tunekit.plugins.adapters.lora:LoRA"),
     Lazy("adapter", "ia3", "tunekit.plugins.adapters.ia3:IA3"),
     Lazy("adapter", "loha", "tunekit.plugins.adapters.loha:LoHa"),
