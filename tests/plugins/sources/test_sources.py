@@ -39,7 +39,7 @@ def test_a_text_in_another_encoding_is_one_bad_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"a\n---\nb\xff\nc\n---\nd\n")
     examined = list(tk.TextFiles(path=path, separator="---").examine("train"))
-    assert [place for place, _ in examined] == [f"{path}:1", f"{path}:3", f"{path}:5"]
+    assert [place for place, _ in examined] == [f"{path}:1", f"{path}:3", f"{path}:6"]
     assert str(examined[1][1]) == f"{path}:3: byte 0xff is not UTF-8; save the file as UTF-8"
     assert texts(tk.TextFiles(path=path, separator="---", encoding="latin-1"))[1] == "bÿ\nc"
 
