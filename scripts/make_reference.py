@@ -104,7 +104,7 @@ def fields(cls: Any) -> list[str]:
 def show(value: Any) -> str:
     """A default value as a user would write it."""
     if isinstance(value, tuple) and value:
-        return f"({', '.join(map(show, value))},)"
+        return f"({', '.join(map(show, value))}{',' * (len(value) == 1)})"
     if isinstance(value, tk.Component):
         told = {field.name: (getattr(value, field.name), field.default) for field in attrs.fields(type(value))}
         given = ", ".join(f"{name}={show(mine)}" for name, (mine, default) in told.items() if mine != default)
