@@ -38,6 +38,28 @@ def test_what_is_asked_in_use_is_the_beginning_of_the_row_at_every_turn(codec, c
             assert train_on == "all" or row["labels"][len(prompt) - 1] == IGNORED
 
 
+def test_an_earlier_answer_that_would_be_joined_with_its_heading_is_cut_off_in_use_too():
+    """Traps M6 and M7: three line breaks are one token, of which the first belongs to the heading."""
+    codec = Codec(trained("llama-3"), TEMPLATES["chatml"])
+    messages = talk(["x", "\n\nYes.", "x", "Yes."])
+    text = codec.tokenizer.apply_chat_template(messages[:3], chat_template=codec.template, tokenize=False)
+    assert "ĊĊĊ" in codec.tokenizer.tokenize(text), "the test needs a tokenizer that joins line breaks"
+    row, prompt = codec.encode({"messages": messages}), codec.prompt(messages[:3])
+    assert row["input_ids"][: len(prompt)] == prompt
+    assert codec.tokenizer.decode([label for label in row["labels"] if label != IGNORED]).startswith(
+        "\n\nYes.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("text", ["abc", "<s>abc", "abc</s>"])
+def test_a_plain_text_has_one_bos_and_one_end_whether_it_brings_them_or_not(text):
+    """Traps M4, M5 and T27."""
+    codec = Codec(KINDS["llama-3, bos"](), PLAIN_TEMPLATE)
+    ids = codec.encode({"text": text})["input_ids"]
+    assert [ids[0], ids[-1]] == [codec.tokenizer.bos_token_id, codec.tokenizer.eos_token_id]
+    assert ids.count(ids[0]) == ids.count(ids[-1]) == 1
+
+
 @settings(max_examples=6)
 @given(st.lists(st.sampled_from(["Yes.", "no", "a b", "2 + 3\n", "ü🌳", "'s"]), min_size=4, max_size=4))
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
