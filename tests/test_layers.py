@@ -53,6 +53,16 @@ ORDER = [
     "core.head_loss",
     "core.rows_loss",
     "core.preview",
+    # what is wrong with data, before a run
+    "core.row_hashes",
+    "core.row_rules",
+    "core.findings",
+    "core.data_figures",
+    "core.corrected",
+    "core.leakage",
+    "core.examination",
+    "core.report",
+    "core.validation",
     # one run
     "core.checkpoint",
     "core.observers",

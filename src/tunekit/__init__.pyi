@@ -25,11 +25,13 @@ from .core.plugin import Plugins as Plugins
 from .core.preview import Preview as Preview
 from .core.preview import preview as preview
 from .core.registry import register as register
+from .core.report import Report as Report
 from .core.result import Run as Run
 from .core.row_source import RowSource as RowSource
 from .core.run import RunLog as RunLog
 from .core.schemas import from_example as from_example
 from .core.schemas import to_example as to_example
+from .core.validation import validate as validate
 from .errors import AmbiguousComponent as AmbiguousComponent
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

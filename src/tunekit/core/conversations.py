@@ -91,7 +91,7 @@ def _check_message(message: Any, before: str | None, field: str, where: str) -> 
     if (before, role) not in _IN_ORDER:
         place = "first" if before is None else f"after {before!r}"
         raise DataError(f"{where}: role {role!r} cannot come {place} ({field}.role)")
-    if len(message) > 2:
+    if len(message) > 2 or "content" not in message:
         _check_more(message, field, where)
     content: Any = message.get("content")
     if role == "assistant" and message.get("tool_calls"):

@@ -12,7 +12,7 @@ import attrs
 from tunekit.core.batching import supervised_tokens, windows
 from tunekit.core.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Example, Trainer
-from tunekit.core.rows import Placed, rank, read
+from tunekit.core.rows import Placed, rank, read, sides
 from tunekit.errors import ConfigError, DataError
 
 
@@ -72,11 +72,7 @@ def load(
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
     taken = adapter.extra_tokens() if adapter else 0
-    room = None if longest is None else longest - taken
-    if room is not None and room < 2:  # a token to predict, and one to predict it from
-        raise ConfigError(
-            f"virtual_tokens={taken} leave no room in the model's context of {longest}", "Pipeline.adapter"
-        )
+    room = room_for_rows(longest, taken)
     limit = min((bound for bound in (trainer.max_length, room) if bound is not None), default=None)
     way_out = "Set max_length={longest} (within the model's context), or"
     if taken and limit == room:
@@ -88,6 +84,19 @@ def load(
         validation=_encode(held_out, "validation", trainer, codec, limit, way_out, changed) if held_out else [],
         changed=dict(changed),
     )
+
+
+def room_for_rows(longest: int | None, taken: int) -> int | None:
+    """Tokens that a row may have at most: those of the context that the adapter method does not take.
+
+    Raises ConfigError if it takes all of them.
+    """
+    room = None if longest is None else longest - taken
+    if room is not None and room < 2:  # a token to predict, and one to predict it from
+        raise ConfigError(
+            f"virtual_tokens={taken} leave no room in the model's context of {longest}", "Pipeline.adapter"
+        )
+    return room
 
 
 def rows(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
@@ -115,7 +124,7 @@ def split(
         return rows, held_out
     if "validation" in source.splits():
         return rows, read(source, "validation", "validation", changed)
-    held = _is_held_out([row for _, row in rows], validation, seed)
+    held = sides([rank(row, seed) for _, row in rows] if validation else [0.0] * len(rows), validation)
     pairs = list(zip(rows, held, strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 
@@ -126,19 +135,8 @@ def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Exa
     Rows that are added later do not move the others from one side to the other, and equal rows fall on the same side,
     as do the rows of a group. At least one row is on each side; DataError if there are not two different rows.
     """
-    pairs = list(zip(rows, _is_held_out(rows, share, seed), strict=True))
+    pairs = list(zip(rows, sides([rank(row, seed) for row in rows], share), strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
-
-
-def _is_held_out(rows: Sequence[Example], share: float, seed: int) -> list[bool]:
-    if not share:
-        return [False] * len(rows)
-    ranks = [rank(row, seed) for row in rows]
-    if len(set(ranks)) < 2:
-        raise DataError("a validation share needs at least two different rows; give more rows, or validation=0")
-    # Tiny data: the share may pick none or all, so the outermost ranks are always on their side.
-    lowest, highest = min(ranks), max(ranks)
-    return [(number < share and number != highest) or number == lowest for number in ranks]
 
 
 def _counts(changed: Mapping[str, int]) -> str:

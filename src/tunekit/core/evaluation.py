@@ -11,7 +11,7 @@ from tunekit.core.batching import chunks, collate, lengths
 from tunekit.core.codec import IGNORED
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Encoded, Evaluator
-from tunekit.errors import TrainingError
+from tunekit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,6 +34,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def check_names(evaluators: Iterable[Evaluator]) -> None:
+    """Raise ConfigError if two evaluators return a metric of the same name."""
+    names = [name for evaluator in evaluators for name in evaluator.better]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
 
 
 def measure(

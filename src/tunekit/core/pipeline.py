@@ -16,7 +16,7 @@ from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.dequantize import dequantize
-from tunekit.core.evaluation import measure
+from tunekit.core.evaluation import check_names, measure
 from tunekit.core.export import Parts
 from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
@@ -25,8 +25,10 @@ from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
 from tunekit.core.preview import Preview, first_rows
 from tunekit.core.registry import default_registry
+from tunekit.core.report import Report
 from tunekit.core.result import Run
 from tunekit.core.run import RunLog
+from tunekit.core.validation import validate
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -113,10 +115,7 @@ class Pipeline:
             raise ConfigError(
                 f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
             )
-        names = [name for evaluator in self.evaluators for name in evaluator.better]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
+        check_names(self.evaluators)
         for component in self._components:
             check_requirements(component)
             component.check(context)
@@ -124,6 +123,11 @@ class Pipeline:
     def rows(self) -> tuple[Sequence[Example], Sequence[Example]]:
         """The rows a run trains on, and those it holds out."""
         return dataset.rows(self.data, self.validation, self.seed)
+
+    def validate(self, **rates: Any) -> Report:
+        """A report on the data as `run` would read it; `rates` are the last three arguments of `tunekit.validate`."""
+        fields = ("model", "revision", "template", "trust_remote_code", "trainer", "adapter", "validation", "seed")
+        return validate(self.data, **{name: getattr(self, name) for name in fields}, **rates)
 
     def preview(self, rows: int = 3) -> Preview:
         """The first `rows` of the data as the model will see them; see `tunekit.preview`."""
@@ -288,9 +292,8 @@ class Pipeline:
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
         data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, self.adapter)
-        if data.validation:
-            for evaluator in self.evaluators:
-                evaluator.check_data(data.validation)
+        for evaluator in self.evaluators if data.validation else ():
+            evaluator.check_data(data.validation)
         return data
 
     def _begin(self, directory: Path, context: Context) -> None:
@@ -328,8 +331,7 @@ class Pipeline:
 
     def _open_base(self, directory: Path) -> Loaded:
         """The base of a finished run, whose adapter was found to be whole, and of this base and template."""
-        dtype = str(files.read_json(directory / files.ENVIRONMENT)["dtype"])  # this machine might choose another
-        context = self._context(device=choose_device(self.device), dtype=dtype, directory=directory)
+        context = self._context(device=choose_device(self.device), dtype=files.dtype_of(directory), directory=directory)
         codec = self._codec()
         adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
         return Loaded(model=load_base(self._base, self._quantizer, codec, context), codec=codec, context=context)

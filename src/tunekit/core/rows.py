@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.errors import DataError, LeftOut
@@ -59,3 +60,14 @@ def rank(row: Example, seed: int) -> float:
     # Tools may hold what no encoding can (half of a surrogate pair): escaped, it is hashed all the same.
     digest = hashlib.sha256(f"{seed}\n{content}".encode(errors="backslashreplace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def sides(ranks: Sequence[float], share: float) -> list[bool]:
+    """For each row, by its rank, whether it is held out when `share` is; DataError if all rows are the same."""
+    if not share:
+        return [False] * len(ranks)
+    # Tiny data: the share may pick none or all, so the outermost ranks are always on their side.
+    lowest, highest = min(ranks, default=0.0), max(ranks, default=0.0)
+    if lowest == highest:
+        raise DataError("a validation share needs at least two different rows; give more rows, or validation=0")
+    return [(number < share and number != highest) or number == lowest for number in ranks]

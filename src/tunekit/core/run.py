@@ -171,6 +171,11 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 
+def dtype_of(directory: Path) -> str:
+    """The dtype a run was made in: on a machine of another kind, the one that is chosen by itself may be another."""
+    return str(read_json(directory / ENVIRONMENT)["dtype"])
+
+
 def history(directory: Path) -> list[dict[str, float]]:
     """Every logged line of `metrics.jsonl`, in order."""
     path = directory / METRICS

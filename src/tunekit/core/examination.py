@@ -1,0 +1,119 @@
+"""Reading every row of a source once, as a run would: what is wrong with it, how long it is, what a run takes of it."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from tunekit.core.batching import supervised_tokens
+from tunekit.core.codec import AHEAD, Codec
+from tunekit.core.corrected import chain
+from tunekit.core.data_figures import Tally
+from tunekit.core.findings import Finding, from_error
+from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
+from tunekit.core.row_hashes import take_apart
+from tunekit.core.row_rules import warnings_of
+from tunekit.core.rows import rank, reason
+from tunekit.errors import DataError, LeftOut
+
+_FATE = {"error": "a run stops there", "drop": "a run drops it", "truncate": "a run cuts it"}
+
+
+class Examination:
+    """Reads splits; what it finds is in `findings`, in the order of the rows.
+
+    Args:
+        trainer: encodes rows, and says how long they may be.
+        codec: of the model; None leaves tokens alone.
+        context: tokens of the model's context that rows may take; None where it is unknown.
+        seed: by which a share of the training rows is held out; None where none is.
+    """
+
+    def __init__(self, trainer: Trainer, codec: Codec | None, context: int | None, seed: int | None) -> None:
+        self.codec, self.context = codec, context
+        self.findings: list[Finding] = []
+        self.over_length = 0
+        self.longest = 0
+        bounds = [bound for bound in (trainer.max_length, context) if bound is not None]
+        self.limit = min(bounds, default=None) if codec else None
+        self._trainer, self._seed = trainer, seed
+        # Tokenizers may have any text for a control token; a blank one would be found in every row.
+        self._special = [token for token in codec.tokenizer.all_special_tokens if token.strip()] if codec else []
+
+    def read(self, source: DataSource, split: str, name: str) -> Tally:
+        """Read a split of `source` whole; `name` is what the run calls it ("train", "validation")."""
+        tally = Tally(name)
+        stops = source.on_error == "stop"
+        rows = source.examine(split)
+        while some := list(islice(rows, AHEAD)):
+            sound = [row for _, row in some if not isinstance(row, DataError)]
+            ahead = self.codec.ahead(sound) if self.codec else iter(sound)
+            for place, row in some:
+                tally.first_place = tally.first_place or place
+                if isinstance(row, LeftOut):
+                    tally.rows += 1
+                    tally.left_out[reason(row, place)] += 1
+                elif isinstance(row, DataError):
+                    found = from_error(row, place, name, stops=stops)
+                    tally.rows += found.place[-1:].isdigit()  # else it is about a whole file
+                    self.findings.append(found)
+                else:
+                    tally.rows += 1
+                    self._take(place, next(ahead), tally)
+        return tally
+
+    def _take(self, place: str, row: Example, tally: Tally) -> None:
+        parts = take_apart(row)
+        tally.checksum = chain(tally.checksum, hash(parts))
+        if self.codec is None:
+            length = len(parts.prompt) + len(parts.answer)
+            tally.add_lengths(length, 0, length, 0)
+        elif not self._measure(place, row, tally):
+            return
+        tally.add(place, parts, tools=bool(row.get("tools")))
+        if self._seed is not None and tally.split == "train":
+            tally.ranks.append(rank(row, self._seed))
+        for warned, field in warnings_of(row, parts, self._special):
+            self.findings.append(Finding(place, warned, field, split=tally.split))
+
+    def _measure(self, place: str, row: Example, tally: Tally) -> bool:
+        """Count the tokens of a row; False, with the error found, if a run could not take it."""
+        assert self.codec is not None
+        try:
+            encoded = self._trainer.encode(row, self.codec)
+            supervised = supervised_tokens(encoded)
+            if not supervised:
+                raise DataError("no token of it carries loss, so nothing can be learned from it")
+        except DataError as error:
+            self.findings.append(from_error(error, place, tally.split, stops=True))
+            return False
+        length = len(encoded["input_ids"])
+        self.longest = max(self.longest, length)
+        taken, learned = length, supervised
+        if self.limit is not None and length > self.limit:
+            self.over_length += 1
+            taken, learned = self._cut(encoded, self.limit)
+            self.findings.append(self._too_long(place, tally.split, length, dropped=not taken))
+        tally.add_lengths(length, supervised, taken, learned)
+        return True
+
+    def _cut(self, encoded: Encoded, limit: int) -> tuple[int, int]:
+        """What a run takes of a row that is too long, in tokens, and how many of those carry loss."""
+        if self._trainer.on_long != "truncate":
+            return 0, 0
+        learned = supervised_tokens({name: values[:limit] for name, values in encoded.items()})
+        return (limit, learned) if learned else (0, 0)
+
+    def _too_long(self, place: str, split: str, length: int, *, dropped: bool) -> Finding:
+        fate = _FATE[self._trainer.on_long]
+        if dropped and self._trainer.on_long == "truncate":
+            fate = "a run drops it, since nothing before the cut can be learned"
+        limit = f"longer than {self.limit:,} tokens; {fate}"
+        stops = self._trainer.on_long == "error"
+        return Finding(
+            place,
+            f"{length:,} tokens, more than the {self.limit:,} that are taken; {fate}",
+            severity="error" if stops else "warning",
+            group=limit,
+            split=split,
+            left_out=dropped,
+        )
