@@ -266,6 +266,25 @@ def test_a_row_that_is_too_long_is_named_with_what_becomes_of_it(model, tmp_path
     assert not tk.validate(source, model=model, trainer=tk.SFT(max_length=report.sufficient_length - 1)).ok
 
 
+def test_a_text_that_is_split_counts_as_often_as_a_run_counts_it(model, tmp_path):
+    rows = [{"text": "word " * number} for number in range(1, 40)]
+    pipeline = tk.Pipeline(
+        model=model, data=written(tmp_path, rows), trainer=tk.SFT(max_length=50, on_long="split"), validation=0
+    )
+    report, plan = pipeline.validate(), pipeline.plan()
+    assert report.ok
+    assert report.over_length == len(report.warnings) > 0
+    assert (report.training_rows, report.tokens) == (plan.rows, plan.tokens)
+    assert report.supervised_tokens == plan.supervised_tokens
+    refused = tk.validate(
+        written(tmp_path, [*SOUND, chat("x", "long " * 40)]),
+        model=model,
+        trainer=tk.SFT(max_length=50, on_long="split"),
+    )
+    assert "only plain texts can be split" in problems(refused)[0]
+    assert not refused.ok
+
+
 def test_a_row_that_no_max_length_is_enough_for_is_said_to_be_one(model, tmp_path):
     report = tk.validate(written(tmp_path, [*SOUND, chat("x", "long " * 200)]), model=model)
     assert report.limit == report.context_length == 256
@@ -493,7 +512,7 @@ ROW = st.one_of(
     st.fixed_dictionaries({"messages": TURN, "tools": VALUE}),
     st.dictionaries(st.sampled_from(["messages", "text", "prompt", "completion"]), VALUE, max_size=2),
     st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}),
-    st.fixed_dictionaries({"text": TEXT}),
+    st.fixed_dictionaries({"text": TEXT | TEXT.map(lambda text: text * 9)}),
     st.fixed_dictionaries({"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}),
 )
 
@@ -502,7 +521,7 @@ ROW = st.one_of(
 @given(
     rows=st.lists(ROW, max_size=6),
     share=st.sampled_from([0.0, 0.3]),
-    on_long=st.sampled_from(["error", "drop", "truncate"]),
+    on_long=st.sampled_from(["error", "drop", "truncate", "split"]),
     on_error=st.sampled_from(["stop", "skip"]),
 )
 def test_validation_agrees_with_a_run_and_raises_nothing(model, rows, share, on_long, on_error):

@@ -61,7 +61,7 @@ class Figures:
 
     Args:
         rows: rows read, bad ones included.
-        sound: those without an error; what follows counts them alone.
+        sound: those that can be read and encoded, over-length ones included; what follows counts them alone.
         left_out: rows that the source was told to leave out, by reason.
         schemas: rows by form: "messages", "messages with tools", "text", "preference".
         roles: messages by role.
@@ -102,7 +102,8 @@ class Tally:
         split: "train" or "validation".
 
     Of each sound row it holds, beside hashes: `lengths` and `supervised`, in tokens; `taken` and `learned`, the same of
-    what a run takes of it, 0 where it drops it; and its rank, by which a share is held out.
+    what a run takes of it; `pieces`, how many rows that makes in the run, 0 where it drops it, more than one where it
+    splits it; and its rank, by which a share is held out.
     """
 
     def __init__(self, split: str) -> None:
@@ -110,7 +111,7 @@ class Tally:
         self.rows = 0
         self.left_out: Counter[str] = Counter()
         self.prints = RowHashes()
-        self.lengths, self.supervised, self.taken, self.learned = (array("l") for _ in range(4))
+        self.lengths, self.supervised, self.taken, self.learned, self.pieces = (array("l") for _ in range(5))
         self.ranks = array("d")
         self.checksum = 0
         self.first_place = ""
@@ -127,12 +128,13 @@ class Tally:
             self._without_system = place
         self.prints.add(place, parts)
 
-    def add_lengths(self, length: int, supervised: int, taken: int, learned: int) -> None:
+    def add_lengths(self, length: int, supervised: int, taken: int, learned: int, pieces: int) -> None:
         """Count the lengths of a sound row, as it is and as a run takes it."""
         self.lengths.append(length)
         self.supervised.append(supervised)
         self.taken.append(taken)
         self.learned.append(learned)
+        self.pieces.append(pieces)
 
     def _count_label(self, parts: Parts) -> None:
         assert self._labels is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from tunekit.core.batching import supervised_tokens
+from tunekit.core.batching import lengths, supervised_tokens, windows
 from tunekit.core.codec import AHEAD, Codec
 from tunekit.core.corrected import chain
 from tunekit.core.data_figures import Tally
@@ -15,7 +15,12 @@ from tunekit.core.row_rules import warnings_of
 from tunekit.core.rows import rank, reason
 from tunekit.errors import DataError, LeftOut
 
-_FATE = {"error": "a run stops there", "drop": "a run drops it", "truncate": "a run cuts it"}
+_FATE = {
+    "error": "a run stops there",
+    "drop": "a run drops it",
+    "truncate": "a run cuts it",
+    "split": "a run splits it",
+}
 
 
 class Examination:
@@ -66,7 +71,7 @@ class Examination:
         tally.checksum = chain(tally.checksum, hash(parts))
         if self.codec is None:
             length = len(parts.prompt) + len(parts.answer)
-            tally.add_lengths(length, 0, length, 0)
+            tally.add_lengths(length, 0, length, 0, pieces=1)
         elif not self._measure(place, row, tally):
             return
         tally.add(place, parts, tools=bool(row.get("tools")))
@@ -88,32 +93,38 @@ class Examination:
             return False
         length = len(encoded["input_ids"])
         self.longest = max(self.longest, length)
-        taken, learned = length, supervised
+        taken = [encoded]
         if self.limit is not None and length > self.limit:
             self.over_length += 1
-            taken, learned = self._cut(encoded, self.limit)
-            self.findings.append(self._too_long(place, tally.split, length, dropped=not taken))
-        tally.add_lengths(length, supervised, taken, learned)
+            taken = self._shortened(place, row, encoded, tally.split)
+        tally.add_lengths(
+            length, supervised, sum(lengths(taken)), sum(map(supervised_tokens, taken)), pieces=len(taken)
+        )
         return True
 
-    def _cut(self, encoded: Encoded, limit: int) -> tuple[int, int]:
-        """What a run takes of a row that is too long, in tokens, and how many of those carry loss."""
-        if self._trainer.on_long != "truncate":
-            return 0, 0
-        learned = supervised_tokens({name: values[:limit] for name, values in encoded.items()})
-        return (limit, learned) if learned else (0, 0)
-
-    def _too_long(self, place: str, split: str, length: int, *, dropped: bool) -> Finding:
-        fate = _FATE[self._trainer.on_long]
-        if dropped and self._trainer.on_long == "truncate":
-            fate = "a run drops it, since nothing before the cut can be learned"
-        limit = f"longer than {self.limit:,} tokens; {fate}"
-        stops = self._trainer.on_long == "error"
-        return Finding(
+    def _shortened(self, place: str, row: Example, encoded: Encoded, split: str) -> list[Encoded]:
+        """What a run makes of a row that is too long; and the finding that says so."""
+        assert self.codec is not None and self.limit is not None
+        fate, stops = _FATE[self._trainer.on_long], self._trainer.on_long == "error"
+        taken: list[Encoded] = []
+        if self._trainer.on_long == "truncate":
+            cut = {name: values[: self.limit] for name, values in encoded.items()}
+            taken = [cut] if supervised_tokens(cut) else []
+            fate = fate if taken else "a run drops it, since nothing before the cut can be learned"
+        elif self._trainer.on_long == "split":
+            try:
+                if "text" not in row:
+                    raise DataError("a run stops there, since only plain texts can be split")
+                taken = windows(encoded, self.limit, self.codec.tokenizer.bos_token_id)
+            except DataError as error:
+                fate, stops = str(error), True
+        found = Finding(
             place,
-            f"{length:,} tokens, more than the {self.limit:,} that are taken; {fate}",
+            f"{len(encoded['input_ids']):,} tokens, more than the {self.limit:,} that are taken; {fate}",
             severity="error" if stops else "warning",
-            group=limit,
+            group=f"longer than {self.limit:,} tokens; {fate}",
             split=split,
-            left_out=dropped,
+            left_out=not taken,
         )
+        self.findings.append(found)
+        return taken

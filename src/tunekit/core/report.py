@@ -118,7 +118,7 @@ class Report:
         """A line for each figure, a column for each split; a figure that no split has is left out."""
         lines: list[tuple[str, Callable[[Figures], str]]] = [
             ("rows", lambda split: f"{split.rows:,}"),
-            ("rows without error", lambda split: f"{split.sound:,}" if split.sound != split.rows else ""),
+            ("sound rows", lambda split: f"{split.sound:,}" if split.sound != split.rows else ""),
             ("left out by the source", lambda split: f"{sum(split.left_out.values()):,}" if split.left_out else ""),
             ("schemas", lambda split: compact(split.schemas)),
             ("roles", lambda split: compact(split.roles)),
@@ -149,7 +149,7 @@ class Report:
         if self.seconds is not None:
             lines.append(["time at the given rate", _clock(self.seconds)])
         if self.cost is not None:
-            lines.append(["cost at the given price", f"{self.cost:,.2f}"])
+            lines.append(["cost at the given price", f"{self.cost:,.2f}" if self.cost >= 1 else f"{self.cost:.2g}"])
         return lines
 
 

@@ -105,13 +105,13 @@ def validate(
         findings += odd
     if held is None:
         leaked = list(leaks(train.prints, trained, train.prints, out))
-        kept_out = sum(taken > 0 for taken in compress(train.taken, out))
+        kept_out = sum(compress(train.pieces, out))
     else:
         leaked = list(leaks(train.prints, trained, held.prints, [True] * len(held.taken)))
-        kept_out = sum(taken > 0 for taken in held.taken)
+        kept_out = sum(held.pieces)
     findings += leaked
 
-    rows = sum(taken > 0 for taken in compress(train.taken, trained))
+    rows = sum(compress(train.pieces, trained))
     tokens = sum(compress(train.taken, trained)) if codec else None
     advised = advised_epochs(rows)
     passes = epochs or getattr(trainer, "epochs", None) or advised
@@ -155,11 +155,11 @@ def _unusable(train: Tally, held: Tally | None, trained: Sequence[bool], out: Se
     if not train.taken:
         yield train.of_all("no row can be used", "error")
         return
-    if not any(compress(train.taken, trained)):
+    if not any(compress(train.pieces, trained)):
         yield train.of_all("no training row is left once rows are dropped", "error")
-    if held is None and any(out) and not any(compress(train.taken, out)):
+    if held is None and any(out) and not any(compress(train.pieces, out)):
         yield train.of_all("no held-out row is left once rows are dropped", "error")
-    if held is not None and held.rows and not any(held.taken):
+    if held is not None and held.rows and not any(held.pieces):
         yield held.of_all("no held-out row can be used", "error")
     if len(train.taken) < FEWEST:
         rows = many(len(train.taken), "row")
@@ -174,7 +174,7 @@ def _advice(rows: int, held_out: int, reading: Examination) -> Iterator[str]:
     elif held_out < MANY:
         # Half of the widest 95% interval of a share: 1.96 standard errors at one half.
         points, rows_out = 98 / held_out**0.5, many(held_out, "held-out row")
-        yield f"A share measured on {rows_out} is known to within {points:.0f} points, 19 times in 20."
+        yield f"An accuracy measured on {rows_out} is known to within {points:.0f} points, 19 times in 20."
     if reading.over_length and reading.context is not None and reading.longest > reading.context:
         yield (
             f"The longest row has {reading.longest:,} tokens and the model takes {reading.context:,}, so no max_length "
