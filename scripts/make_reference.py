@@ -37,11 +37,12 @@ REQUIRED: dict[str, dict[str, Any]] = {
 def pages() -> dict[str, str]:
     """Every page by file name."""
     classes = (tk.Component, *INTERFACES.values(), tk.PeftMethod, tk.Context, tk.RunLog, tk.TrainResult)
-    interfaces = [f"#{line}" if line.startswith("#") else line for cls in classes for line in class_page(cls)]
+    interfaces = [line for cls in classes for line in lower(class_page(cls))]
     hooks = {name: found for name, found in vars(hookspecs).items() if name.startswith("tunekit_")}
     made = {
         "README.md": index(),
         "pipeline.md": [*class_page(tk.Pipeline), *class_page(tk.Run)],
+        "validation.md": ["# Validation", "", *functions({"tk.validate": tk.validate}), *lower(class_page(tk.Report))],
         "interfaces.md": ["# The interfaces of plugins", "", *interfaces],
         "hooks.md": ["# Hooks", "", prose(hookspecs), "", *functions(hooks)],
         **{file: component_page(cls) for file, cls in BUILTINS.items()},
@@ -54,8 +55,8 @@ def index() -> list[str]:
     lines = ["# Reference", "", "| component | kind | recipe name | what it is |", "|---|---|---|---|"]
     for file, cls in BUILTINS.items():
         lines.append(f"| [`tk.{cls.__name__}`]({file}) | {cls.kind} | `{cls.name}` | {summary(cls)} |")
-    lines += ["", "Also: [the pipeline and its runs](pipeline.md), [the interfaces of plugins](interfaces.md),"]
-    lines += ["[the hooks](hooks.md).", "", "| other public names | |", "|---|---|"]
+    lines += ["", "Also: [the pipeline and its runs](pipeline.md), [validation](validation.md), [the interfaces"]
+    lines += ["of plugins](interfaces.md), [the hooks](hooks.md).", "", "| other public names | |", "|---|---|"]
     others = {name: getattr(tk, name) for name in dir(tk) if getattr(tk, name) not in BUILTINS.values()}
     lines += [f"| `tk.{name}` | {summary(found)} |" for name, found in others.items() if is_ours(found)]
     return lines
@@ -86,6 +87,11 @@ def class_page(cls: Any) -> list[str]:
     return [f"# `tk.{cls.__name__}`", "", prose(cls), "", *table, *listed, "", *functions(methods)]
 
 
+def lower(lines: list[str]) -> list[str]:
+    """Lines of a page with their headings one level lower."""
+    return [f"#{line}" if line.startswith("#") else line for line in lines]
+
+
 def fields(cls: Any) -> list[str]:
     """A table of the fields, with what the docstring says of each under `Args:`."""
     said: dict[str, str] = {}
@@ -93,7 +99,7 @@ def fields(cls: Any) -> list[str]:
         doc = inspect.cleandoc(vars(base).get("__doc__") or "")
         said |= dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", doc, re.MULTILINE))
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for field in attrs.fields(cls):
+    for field in (field for field in attrs.fields(cls) if not field.name.startswith("_")):
         value = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default  # type: ignore
         default = "required" if value is attrs.NOTHING else f"`{show(value)}`"
         meaning = " ".join(said[field.name].split())

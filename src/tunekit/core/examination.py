@@ -104,7 +104,8 @@ class Examination:
 
     def _shortened(self, place: str, row: Example, encoded: Encoded, split: str) -> list[Encoded]:
         """What a run makes of a row that is too long; and the finding that says so."""
-        assert self.codec is not None and self.limit is not None
+        assert self.codec is not None
+        assert self.limit is not None
         fate, stops = _FATE[self._trainer.on_long], self._trainer.on_long == "error"
         taken: list[Encoded] = []
         if self._trainer.on_long == "truncate":
