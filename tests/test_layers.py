@@ -47,6 +47,7 @@ ORDER = [
     "core.dequantize",
     "core.targets",
     "core.trained_tensors",
+    "core.packed",
     "core.peft_method",
     "core.evaluation",
     "core.segments",

@@ -193,6 +193,17 @@ class Norms(AdapterMethod):
         if self.fault == "evaluations count":
             model.evaluations = 0
             next(model.children()).register_forward_hook(lambda module, inputs, output: self._count(model, output))
+        if self.fault == "computed once":
+            model.calls = 0
+            layer = model.get_submodule("model.layers.1.mlp")
+            layer.register_forward_hook(lambda module, inputs, output: self._odd(model, output))
+        if self.fault == "coarse" and norms[0].dtype == torch.bfloat16:
+            model.register_parameter("more", torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+        if self.fault == "widens":
+            layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+            layer.register_forward_hook(lambda module, inputs, output: output.float())
+        if self.fault == "widens the end":
+            model.lm_head.register_forward_hook(lambda module, inputs, output: output.float())
         if self.fault == "more logits":
             model.lm_head.register_forward_hook(lambda module, inputs, output: torch.cat([output[:, :1], output], 1))
         if self.fault == "memory":
@@ -205,6 +216,10 @@ class Norms(AdapterMethod):
         model.evaluations += not model.training
         output.last_hidden_state = output.last_hidden_state * (1 + model.evaluations)
         return output
+
+    def _odd(self, model, output):
+        model.calls += 1
+        return output * (1 + model.calls % 2)
 
     def extra_loss(self, model):
         return next(model.parameters()).sum(dim=0) if self.fault == "vector" else None
@@ -238,6 +253,8 @@ class Norms(AdapterMethod):
         from safetensors.torch import load_file
 
         model.load_state_dict(load_file(directory / "norms.safetensors"), strict=False)
+        if self.fault == "knows bits only" and all(p.is_floating_point() for p in model.parameters()):
+            model.get_parameter("model.norm.weight").data *= 2
         return model
 
     def merge(self, model, context):

@@ -23,11 +23,7 @@ def dequantize(model: PreTrainedModel, quantizer: Quantizer) -> PreTrainedModel:
     """
     import torch
 
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain = type(model)(config)
+    plain = empty(model)
     for name, module in list(model.named_modules()):
         if quantizer.is_quantized(module):
             layer = plain.get_submodule(name)
@@ -38,6 +34,17 @@ def dequantize(model: PreTrainedModel, quantizer: Quantizer) -> PreTrainedModel:
             layer.bias = module.bias
             model.set_submodule(name, layer)
     return _forget_quantization(model).float()
+
+
+def empty(model: PreTrainedModel) -> PreTrainedModel:
+    """A model built as `model` is without quantization, on the meta device."""
+    import torch
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def _forget_quantization(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunekit.core import targets
+from tunekit.core import packed, targets
 from tunekit.core.component import Context
+from tunekit.core.dequantize import empty
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import label_of
 from tunekit.errors import ConfigError, NotSupported
@@ -32,6 +33,8 @@ class PeftMethod(AdapterMethod):
 
     adapts_conv1d: ClassVar[bool] = True
     """Whether it can adapt the Conv1D layers of GPT-2, whose weights stand transposed."""
+    reads_shapes: ClassVar[bool] = False
+    """Whether PEFT's code for it takes the shape of a layer from its weight, which a packed weight does not have."""
 
     @abstractmethod
     def peft_config(self, context: Context) -> PeftConfig:
@@ -48,13 +51,14 @@ class PeftMethod(AdapterMethod):
             self.place(config, model)
         try:
             with _quiet():
-                wrapped = get_peft_model(model, config)
+                wrapped = get_peft_model(self._shown(model), config)
         except ValueError as error:
             raise ConfigError(f"{error}", self.name) from error
         _train_in_float32(wrapped)
         # PEFT notes the path the base was loaded from, which others have not, and no revision at all.
         config.base_model_name_or_path = label_of(context.model_id)
         config.revision = getattr(model.config, "_commit_hash", None)
+        packed.keep_dtypes(wrapped)
         return wrapped
 
     def place(self, config: PeftConfig, model: PreTrainedModel) -> None:
@@ -72,8 +76,8 @@ class PeftMethod(AdapterMethod):
         if layers := getattr(config, "layers_to_transform", None):
             names = targets.of_layers(names, layers, f"{type(self).__name__}.layers")
             config.layers_to_transform = None  # PEFT does not apply it to full names
-        transposed = [name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"]
-        if transposed and not self.adapts_conv1d:
+        transposed = [] if self.adapts_conv1d else _conv1d(model, names)
+        if transposed:
             raise ConfigError(f"{self.name} cannot adapt the Conv1D layer {transposed[0]}; LoRA and IA3 can", where)
         whole = getattr(config, "modules_to_save", None) or []
         if whole:  # PEFT passes over a name that is not there
@@ -102,12 +106,13 @@ class PeftMethod(AdapterMethod):
         try:
             with _quiet():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
-                loaded = PeftModel.from_pretrained(model, directory)
+                loaded = PeftModel.from_pretrained(self._shown(model), directory)
                 if _train_in_float32(loaded):  # PEFT has rounded what it put there
                     set_peft_model_state_dict(loaded, load_file(directory / "adapter_model.safetensors"))
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
         _check_names(loaded, directory)
+        packed.keep_dtypes(loaded)
         return loaded
 
     def merge(self, model: PeftModel, context: Context) -> PreTrainedModel:
@@ -117,6 +122,19 @@ class PeftMethod(AdapterMethod):
         merged = copy.deepcopy(model)
         dtype = next(merged.base_model.parameters()).dtype
         return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+
+    def _shown(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model as PEFT can adapt it."""
+        if self.reads_shapes:
+            packed.show_shapes(model)
+        return model
+
+
+def _conv1d(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the modules that are Conv1D, or would be without quantization: exports are merged onto a plain base."""
+    quantized = any(not parameter.is_floating_point() for parameter in model.parameters())
+    plain = empty(model) if quantized else model
+    return [name for name in names if type(plain.get_submodule(name)).__name__ == "Conv1D"]
 
 
 def _train_in_float32(model: PeftModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,18 +46,25 @@ class Harness:
         architecture: of the tiny model: "llama" or "gpt2".
         rows: what is trained and evaluated on.
         quantizer: what the base is quantized with; None for a plain one.
+        dtype: of the base.
         memory: what the checks that share this harness need not do twice.
     """
 
     architecture: str = "llama"
     rows: tuple[Example, ...] = ROWS
     quantizer: Quantizer | None = None
+    dtype: str = "float32"
     memory: dict[str, Any] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def model(self) -> PreTrainedModel:
         """The tiny base model, in evaluation mode, with the same weights on every call."""
-        model = tiny_model(self.architecture).eval()
-        return quantized(model, self.quantizer, self.context()) if self.quantizer else model
+        import torch
+
+        if self.quantizer is None:
+            return tiny_model(self.architecture).to(getattr(torch, self.dtype)).eval()
+        if "base" not in self.memory:  # loading it from disk takes ten times as long as copying it
+            self.memory["base"] = quantized(tiny_model(self.architecture), self.quantizer, self.context())
+        return copy.deepcopy(self.memory["base"])
 
     def codec(self) -> Codec:
         """The codec of the tiny tokenizer."""
@@ -77,7 +85,7 @@ class Harness:
             model_id=TINY,
             model_type=self.architecture,
             device="cpu",
-            dtype="float32",
+            dtype=self.dtype,
             quantization=self.quantizer.scheme if self.quantizer else quantization,
             total_steps=steps,
             run_directory=directory,

@@ -84,9 +84,19 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the model predicts in evaluation mode, (rows, time, vocabulary), without gradients; padding set to zero."""
+def logits(
+    model: nn.Module, batch: Mapping[str, Tensor], training: Callable[[nn.Module], bool] = lambda module: False
+) -> Tensor:
+    """What the model predicts in evaluation mode, (rows, time, vocabulary), without gradients; padding set to zero.
+
+    Args:
+        model: any.
+        batch: as of `Harness.batch`.
+        training: says which modules are in training mode all the same.
+    """
     with evaluating(model):
+        for module in filter(training, model.modules()):
+            module.training = True
         return _forward(model, batch) * batch["attention_mask"][:, :, None]
 
 
@@ -96,6 +106,23 @@ def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     predicted = _forward(model, batch)[:, :-1].float()
     return functional.cross_entropy(predicted.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def gradients(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of `cross_entropy` in training mode for each trainable parameter that has one, from a fixed seed."""
+    import torch
+
+    torch.manual_seed(1)
+    cross_entropy(model.train(), batch).backward()
+    found = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that are missing on one side, or differ by more than rounding."""
+    names = before.keys() & after.keys()
+    return sorted(before.keys() ^ after.keys()) + sorted(n for n in names if distance(before[n], after[n]) > 1e-6)
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

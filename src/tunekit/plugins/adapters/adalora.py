@@ -59,6 +59,7 @@ class AdaLoRA(PeftMethod):
     """
 
     name = "adalora"
+    supports = frozenset({"nf4", "int8"})
     learning_rate = 2e-3
 
     initial_rank: int = attrs.field(default=12, validator=at_least(1))
@@ -92,7 +93,7 @@ class AdaLoRA(PeftMethod):
             target_r=self.target_rank,
             lora_alpha=2 * self.initial_rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            target_modules=self.targets,
             total_step=steps,
             tinit=int(self.warmup * steps),
             tfinal=int(self.cooldown * steps),

@@ -44,13 +44,13 @@ class IA3(PeftMethod):
         """PEFT's IA3Config."""
         from peft import IA3Config
 
-        return IA3Config(task_type="CAUSAL_LM", target_modules=_plain(self.targets))
+        return IA3Config(task_type="CAUSAL_LM", target_modules=self.targets)
 
     def place(self, config: PeftConfig, model: PreTrainedModel) -> None:
         """Find the targets, and which of them are scaled on the side of their input."""
         from peft.utils import constants
 
-        feedforward = _plain(self.feedforward_targets)
+        feedforward = self.feedforward_targets
         if config.target_modules is None:
             kind = model.config.model_type
             listed = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind)
@@ -63,7 +63,7 @@ class IA3(PeftMethod):
                 )
             config.target_modules = list(listed)
             if feedforward is None:
-                feedforward = list(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind])
+                feedforward = tuple(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind])
         scaled = select(model, config.target_modules, "IA3.targets")
         super().place(config, model)
         if feedforward is None:
@@ -76,10 +76,6 @@ class IA3(PeftMethod):
         # PEFT compares ends without the dot: "o" would be found in "wo".
         exact = [name for name in scaled if name.endswith(tuple(short))] == by_input
         config.feedforward_modules = short if exact else sorted(by_input)
-
-
-def _plain(targets: str | tuple[str, ...] | None) -> str | list[str] | None:
-    return list(targets) if isinstance(targets, tuple) else targets
 
 
 def _lying_in_mlp(model: PreTrainedModel) -> list[str]:

@@ -35,7 +35,9 @@ class LoHa(PeftMethod):
     """
 
     name = "loha"
+    supports = frozenset({"nf4", "int8"})
     adapts_conv1d = False
+    reads_shapes = True
     learning_rate = 5e-4
 
     rank: int = attrs.field(default=8, validator=at_least(1))
@@ -53,5 +55,5 @@ class LoHa(PeftMethod):
             r=self.rank,
             alpha=self.rank if self.alpha is None else self.alpha,
             rank_dropout=self.dropout,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            target_modules=self.targets,
         )

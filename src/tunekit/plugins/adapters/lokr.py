@@ -38,7 +38,9 @@ class LoKr(PeftMethod):
     """
 
     name = "lokr"
+    supports = frozenset({"nf4", "int8"})
     adapts_conv1d = False
+    reads_shapes = True
     learning_rate = 2e-3
 
     rank: int = attrs.field(default=8, validator=at_least(1))
@@ -58,7 +60,7 @@ class LoKr(PeftMethod):
             alpha=self.rank if self.alpha is None else self.alpha,
             rank_dropout=self.dropout,
             rank_dropout_scale=True,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            target_modules=self.targets,
             decompose_factor=-1 if self.factor is None else self.factor,
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
+
 from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.evaluation import evaluating
 from tunekit.core.interfaces import AdapterMethod
@@ -13,8 +15,10 @@ from tunekit.testing.training import (
     changed,
     copies,
     cross_entropy,
+    differing,
     distance,
     frozen,
+    gradients,
     logits,
     new_optimizer,
     train,
@@ -99,25 +103,57 @@ def extra_loss_is_a_scalar(adapter: AdapterMethod, harness: Harness) -> None:
 
 def evaluation_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> None:
     """The gradients are the same with and without an evaluation in between."""
-    import torch
-
     model, batch = attached(adapter, harness), harness.batch()
     train(adapter, model, batch, 2)
-    found: list[dict[str, Tensor]] = []
-    for evaluated in (False, True):
-        if evaluated:
-            logits(model, batch)
-        torch.manual_seed(1)
-        cross_entropy(model.train(), batch).backward()
-        grads = {
-            name: parameter.grad for name, parameter in trained_parameters(model).items() if parameter.grad is not None
-        }
-        found.append(copies(grads))
-        model.zero_grad()
-    differing = [name for name in found[0] if name not in found[1] or distance(found[0][name], found[1][name]) > 1e-6]
-    assert not differing, (
-        f"an evaluation changes the gradients of {differing[:3]} afterwards: keep no state between forward passes"
+    before = gradients(model, batch)
+    logits(model, batch)
+    other = differing(before, gradients(model, batch))
+    assert not other, (
+        f"an evaluation changes the gradients of {other[:3]} afterwards: keep no state between forward passes"
     )
+
+
+def checkpointing_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> None:
+    """The gradients are the same when activations are not kept but computed again (gradient checkpointing)."""
+    from transformers import PreTrainedModel
+
+    model, batch = attached(adapter, harness), harness.batch()
+    train(adapter, model, batch, 1)
+    before = gradients(model, batch)
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    # The name it has in newer transformers.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
+    other = differing(before, gradients(model, batch))
+    assert not other, (
+        f"with gradient checkpointing the gradients of {other[:3]} are others: a layer is then computed twice, and "
+        "must give the same both times"
+    )
+
+
+def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
+    """Over a bfloat16 base it trains and predicts in bfloat16, and what it adds is float32."""
+    import torch
+
+    over = attrs.evolve(harness, dtype="bfloat16")
+    base, batch = over.model(), over.batch()
+    own = {id(parameter) for parameter in base.parameters()}
+    model = adapter.attach(base, over.context())
+    coarse = [
+        name
+        for name, parameter in trained_parameters(model).items()
+        if id(parameter) not in own and parameter.dtype != torch.float32
+    ]
+    assert not coarse, f"over a bfloat16 base it adds {coarse[:3]} in less than float32: small updates are rounded away"
+    try:
+        train(adapter, model, batch, 2)
+        found = logits(model, batch)
+    except RuntimeError as error:
+        raise AssertionError(
+            f"over a bfloat16 base it fails ({error}): return activations in the dtype of those it is given"
+        ) from error
+    assert found.dtype == torch.bfloat16, f"over a bfloat16 base its logits are {found.dtype}: return the base's dtype"
+    assert found.isfinite().all(), "over a bfloat16 base its logits are not finite after two steps"
 
 
 def learns(adapter: AdapterMethod, harness: Harness) -> None:
@@ -138,7 +174,7 @@ def is_deterministic(adapter: AdapterMethod, harness: Harness) -> None:
     runs = []
     for _ in range(2):
         model = attached(adapter, harness)
-        runs.append(train(adapter, model, batch, 4))
+        runs.append(train(adapter, model, batch, 3))
     assert runs[0] == runs[1], (
         f"the same seed gave the losses {runs[0]} and {runs[1]}: draw from torch's global generator, not from a new "
         "one or from the clock, and iterate over lists, not sets"
@@ -197,6 +233,8 @@ CHECKS = (
     gradients_arrive,
     extra_loss_is_a_scalar,
     evaluation_keeps_gradients,
+    checkpointing_keeps_gradients,
+    trains_in_bfloat16,
     learns,
     is_deterministic,
     takes_every_step,

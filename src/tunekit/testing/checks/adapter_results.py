@@ -13,7 +13,7 @@ from tunekit.testing.harness import Harness, attached, scratch
 from tunekit.testing.training import changed, copies, distance, logits, new_optimizer, train
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def resumes_exactly(adapter: AdapterMethod, harness: Harness) -> None:
@@ -54,10 +54,14 @@ def resumes_exactly(adapter: AdapterMethod, harness: Harness) -> None:
 
 def saves_what_it_trained(adapter: AdapterMethod, harness: Harness) -> None:
     """What is saved, put onto a fresh base, predicts the same; and it is safetensors and JSON, of the trained alone."""
+    is_saved(adapter, trained_model(adapter, harness), harness)
+
+
+def is_saved(adapter: AdapterMethod, model: nn.Module, harness: Harness) -> None:
+    """Raise AssertionError unless the trained `model` is saved, and loaded onto a fresh base, as it is."""
     from safetensors.torch import load_file
 
     batch = harness.batch()
-    model = _trained(adapter, harness)
     trained = sum(parameter.numel() * parameter.element_size() for parameter in trained_parameters(model).values())
     expected = logits(model, batch)
     with scratch() as directory:
@@ -79,24 +83,30 @@ def saves_what_it_trained(adapter: AdapterMethod, harness: Harness) -> None:
 
 def merges(adapter: AdapterMethod, harness: Harness) -> None:
     """Merged, it is a plain model that predicts the same; or merging is NotSupported."""
-    batch, plain = harness.batch(), harness.model()
-    model = _trained(adapter, harness)
+    batch = harness.batch()
+    model = trained_model(adapter, harness)
     expected = logits(model, batch)
     try:
         merged = adapter.merge(model, harness.context())
     except NotSupported:
         return
-    assert type(merged) is type(plain), f"merge returned a {type(merged).__name__}: return a {type(plain).__name__}"
-    rest = _structure(merged) ^ _structure(plain)
-    assert not rest, f"the merged model is not built as its base is: {sorted(rest)[:3]}; take the adapter's modules out"
-    away = distance(logits(merged.eval(), batch), expected)
-    assert away <= 1e-4, f"the merged model's logits are {away:.2g} away from the trained model's"
+    is_merged(merged, harness, expected)
     away = distance(logits(model, batch), expected)
     assert away == 0, "merge changed the model that it was given: merge into a copy (copy.deepcopy)"
 
 
-def _trained(adapter: AdapterMethod, harness: Harness) -> nn.Module:
-    """The same, after three steps, all that are planned; they must have changed what it predicts."""
+def is_merged(merged: nn.Module, harness: Harness, expected: Tensor) -> None:
+    """Raise AssertionError unless it is built as the model of `harness` is, and its logits are the expected ones."""
+    plain = harness.model()
+    assert type(merged) is type(plain), f"merge returned a {type(merged).__name__}: return a {type(plain).__name__}"
+    rest = _structure(merged) ^ _structure(plain)
+    assert not rest, f"the merged model is not built as its base is: {sorted(rest)[:3]}; take the adapter's modules out"
+    away = distance(logits(merged.eval(), harness.batch()), expected)
+    assert away <= 1e-4, f"the merged model's logits are {away:.2g} away from the trained model's"
+
+
+def trained_model(adapter: AdapterMethod, harness: Harness) -> nn.Module:
+    """A model after three steps, all that are planned; they must have changed what it predicts."""
     model, batch = attached(adapter, harness, steps=3), harness.batch()
     before = logits(model, batch)
     train(adapter, model, batch, 3)
