@@ -2,11 +2,13 @@
 
 import json
 
+import attrs
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tunekit as tk
+from tunekit.core.assets import resolve
 from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.dequantize import dequantize
 from tunekit.core.evaluation import measure
@@ -17,6 +19,14 @@ from tunekit.testing.training import cross_entropy, logits
 pytest.importorskip("bitsandbytes")
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+METHODS = (
+    tk.LoRA(rank=4),
+    tk.LoRA(rank=4, variant="dora"),
+    tk.AdaLoRA(initial_rank=4, target_rank=2),
+    tk.IA3(targets="all-linear"),
+    tk.LoHa(rank=4),
+    tk.LoKr(rank=2),
+)
 CASES = {
     "qlora": {"adapter": tk.QLoRA(rank=8)},
     "nf4": {"adapter": tk.LoRA(rank=8), "quantizer": tk.NF4(double_quantization=False)},
@@ -25,7 +35,8 @@ CASES = {
 
 
 def facts(quantizer, device="cpu", dtype="float32"):
-    return tk.Context(model_id="tiny", device=device, dtype=dtype, quantization=quantizer.scheme)
+    scheme = quantizer.scheme if quantizer else None
+    return tk.Context(model_id="tiny", device=device, dtype=dtype, quantization=scheme)
 
 
 def make(**parts):
@@ -51,8 +62,14 @@ def finished(request, tmp_path_factory):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("quantizer", [tk.NF4(), tk.NF4(double_quantization=False), tk.Int8()], ids=repr)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_gradients_are_those_over_a_float32_model_with_the_dequantized_weights(quantizer, device, architecture):
+@pytest.mark.parametrize(
+    ("adapter", "architecture"),
+    [(adapter, "llama") for adapter in METHODS] + [(adapter, "gpt2") for adapter in METHODS if adapter.adapts_conv1d],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_gradients_are_those_over_a_float32_model_with_the_dequantized_weights(
+    adapter, quantizer, device, architecture
+):
     context = facts(quantizer, device)
     batch = {name: value.to(device) for name, value in Harness().batch().items()}
     found = []
@@ -60,11 +77,10 @@ def test_gradients_are_those_over_a_float32_model_with_the_dequantized_weights(q
         base = quantized(tiny_model(architecture), quantizer, context)
         base = dequantize(base, quantizer) if plain else base
         torch.manual_seed(0)
-        model = tk.LoRA(rank=4).attach(base, context)
+        model = adapter.attach(base, attrs.evolve(context, total_steps=20))
         with torch.no_grad():
-            for name, parameter in trained_parameters(model).items():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape) / 10)
+            for parameter in trained_parameters(model).values():  # away from the start, where some gradients are zero
+                parameter.add_(torch.randn(parameter.shape).to(device) / 10)
         logits(model, batch)  # an evaluation in between changes nothing
         cross_entropy(model.train(), batch).backward()
         found.append([parameter.grad.cpu() for parameter in trained_parameters(model).values()])
@@ -97,6 +113,11 @@ def test_an_export_is_a_plain_model_that_predicts_what_the_quantized_one_did(fin
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **quantizer.load_kwargs(context))
     lost = nll(pipeline, quantizer.prepare(again, context)) - run.metrics["nll"]
     assert lost > 0.5 if quantizer.scheme == "nf4" else abs(lost) < 1e-3
+    # Put onto the weights from before they were quantized, it misses too: it was not trained on these.
+    adapter, directory = pipeline.adapter, run.directory / "adapter"
+    original = adapter.load(AutoModelForCausalLM.from_pretrained(resolve(tk.TINY)), directory)
+    missed = abs(nll(pipeline, adapter.merge(original, facts(None))) - run.metrics["nll"])
+    assert missed > 1e-3
 
 
 def test_an_export_is_written_in_the_dtype_that_is_asked_for(finished, tmp_path):
