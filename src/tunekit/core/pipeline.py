@@ -113,7 +113,9 @@ class Pipeline:
         if scheme and scheme not in self.adapter.supports:
             able = ", ".join(sorted(self.adapter.supports)) or "no quantized base"
             raise ConfigError(
-                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
+                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}: leave the quantizer out, or "
+                "choose a method that adds parameters, such as LoRA",
+                "Pipeline.adapter",
             )
         check_names(self.evaluators)
         for component in self._components:

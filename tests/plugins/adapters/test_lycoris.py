@@ -4,6 +4,7 @@ import pytest
 
 import tunekit as tk
 from tunekit.testing import tiny_model
+from tunekit.testing.harness import Harness
 
 CONTEXT = tk.Context(model_id="a/b")
 SHAPES = {"q_proj": (32, 32), "k_proj": (16, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
@@ -88,6 +89,50 @@ def test_dropout_drops_whole_rows_and_keeps_the_mean(method):
     kept = some != 0
     assert 0 < kept.sum() < 64
     torch.testing.assert_close(some[kept] / whole[kept], (64 / kept.sum()).expand(int(kept.sum())))
+
+
+@pytest.mark.parametrize("method", [tk.LoHa, tk.LoKr])
+def test_over_packed_weights_it_adds_and_saves_what_it_does_over_plain_ones(method, tmp_path):
+    import copy
+
+    import torch
+    from safetensors.torch import load_file
+
+    pytest.importorskip("bitsandbytes")
+    adapter, ids = method(rank=2, targets=("up_proj", "o_proj")), torch.arange(5, 25)[None]
+    stored = {}
+    for name, quantizer in (("plain", None), ("packed", tk.NF4())):
+        torch.manual_seed(0)
+        model = adapter.attach(Harness(quantizer=quantizer).model(), CONTEXT).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape) / 3
+        layer = next(module for full, module in model.named_modules() if full.endswith("layers.1.mlp.up_proj"))
+        inputs = torch.randn(3, 32)
+        update = layer(inputs) - layer.base_layer(inputs)
+        torch.testing.assert_close(update, inputs @ layer.get_delta_weight("default").T, rtol=1e-4, atol=1e-5)
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        again = copy.deepcopy(model)
+        for parameter in model.parameters():  # the copy computes by weights of its own
+            parameter.data = torch.zeros_like(parameter.data)
+        assert again(ids).logits.abs().max() > 0
+        (tmp_path / name).mkdir()
+        adapter.save(again, tmp_path / name)
+        stored[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+        loaded = adapter.load(Harness(quantizer=quantizer).model(), tmp_path / name).eval()
+        torch.testing.assert_close(loaded(ids).logits, again(ids).logits)
+    assert stored["plain"].keys() == stored["packed"].keys()
+    assert all(torch.equal(tensor, stored["packed"][name]) for name, tensor in stored["plain"].items())
+
+
+@pytest.mark.parametrize("quantizer", [None, tk.NF4(), tk.Int8()], ids=repr)
+@pytest.mark.parametrize("method", [tk.LoHa, tk.LoKr])
+def test_conv1d_is_refused_though_quantization_hides_it(method, quantizer):
+    # Quantized layers of GPT-2 are linear, but the model that an export is merged into is not.
+    if quantizer is not None:
+        pytest.importorskip("bitsandbytes")
+    with pytest.raises(tk.ConfigError, match=r"cannot adapt the Conv1D layer transformer.h.0.attn.c_attn; LoRA and IA3"):
+        method().attach(Harness(architecture="gpt2", quantizer=quantizer).model(), CONTEXT)
 
 
 @pytest.mark.parametrize("method", [tk.LoHa, tk.LoKr])

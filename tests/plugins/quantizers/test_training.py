@@ -166,9 +166,17 @@ def test_a_dequantized_model_is_built_as_its_base_and_predicts_what_the_quantize
     assert away <= (1e-5 if quantizer.scheme == "nf4" else 0.05)  # Int8 rounds activations in evaluation
 
 
-def test_a_method_that_does_not_support_the_scheme_is_refused():
-    with pytest.raises(tk.ConfigError, match="full cannot train on a nf4 base; it supports no quantized base"):
-        make(adapter=tk.Full(), quantizer=tk.NF4()).check()
+@pytest.mark.parametrize("adapter", [tk.Full(), tk.LastLayers()], ids=lambda adapter: adapter.name)
+@pytest.mark.parametrize("quantizer", [tk.NF4(), tk.Int8()], ids=lambda quantizer: quantizer.name)
+def test_a_method_that_trains_the_weights_themselves_is_refused_with_what_to_do_instead(adapter, quantizer):
+    problem = (
+        f"{adapter.name} cannot train on a {quantizer.scheme} base; .*: leave the quantizer out, or .* such as LoRA"
+    )
+    with pytest.raises(tk.ConfigError, match=problem):
+        make(adapter=adapter, quantizer=quantizer).check()
+
+
+def test_a_variant_that_does_not_support_the_scheme_is_refused():
     with pytest.raises(tk.ConfigError, match=r"LoRA\.variant: pissa cannot start from nf4 weights"):
         make(adapter=tk.LoRA(variant="pissa"), quantizer=tk.NF4()).check()
 
