@@ -111,11 +111,9 @@ class Pipeline:
             choose_dtype(self.dtype, self.device)
         scheme = context.quantization
         if scheme and scheme not in self.adapter.supports:
-            able = ", ".join(sorted(self.adapter.supports)) or "no quantized base"
+            able = ", ".join(sorted(self.adapter.supports)) or "none: quantize nothing, or choose LoRA"
             raise ConfigError(
-                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}: leave the quantizer out, or "
-                "choose a method that adds parameters, such as LoRA",
-                "Pipeline.adapter",
+                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
             )
         check_names(self.evaluators)
         for component in self._components:
