@@ -78,9 +78,7 @@ class PeftMethod(AdapterMethod):
             config.layers_to_transform = None  # PEFT does not apply it to full names
         transposed = [] if self.adapts_conv1d else _conv1d(model, names)
         if transposed:
-            raise ConfigError(
-                f"{self.name} cannot adapt the Conv1D layer {transposed[0]}; LoRA and IA3 can", where
-            )
+            raise ConfigError(f"{self.name} cannot adapt the Conv1D layer {transposed[0]}; LoRA and IA3 can", where)
         whole = getattr(config, "modules_to_save", None) or []
         if whole:  # PEFT passes over a name that is not there
             targets.select(model, whole, f"{type(self).__name__}.trained_modules")

@@ -131,7 +131,9 @@ def test_conv1d_is_refused_though_quantization_hides_it(method, quantizer):
     # Quantized layers of GPT-2 are linear, but the model that an export is merged into is not.
     if quantizer is not None:
         pytest.importorskip("bitsandbytes")
-    with pytest.raises(tk.ConfigError, match=r"cannot adapt the Conv1D layer transformer.h.0.attn.c_attn; LoRA and IA3"):
+    with pytest.raises(
+        tk.ConfigError, match=r"cannot adapt the Conv1D layer transformer.h.0.attn.c_attn; LoRA and IA3"
+    ):
         method().attach(Harness(architecture="gpt2", quantizer=quantizer).model(), CONTEXT)
 
 

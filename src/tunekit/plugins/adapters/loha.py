@@ -25,6 +25,9 @@ class LoHa(PeftMethod):
     Hyeon-Woo et al. 2022 (FedPara), https://arxiv.org/abs/2108.06098; Yeh et al. 2024 (LyCORIS),
     https://arxiv.org/abs/2309.14859.
 
+    In 90 steps on `tunekit.ORDERS` the held-out loss of `tunekit.TINY` falls from 7.18 to 6.97 at 2e-4, to 6.30 at
+    5e-4, and to 1.43 at 2e-3, the method's own (LoRA at 2e-4: 2.40).
+
     Args:
         rank: rank of each of the two factors; that of the update is up to its square.
         alpha: scale of the update, divided by the rank; None means the rank.
@@ -38,7 +41,7 @@ class LoHa(PeftMethod):
     supports = frozenset({"nf4", "int8"})
     adapts_conv1d = False
     reads_shapes = True
-    learning_rate = 5e-4
+    learning_rate = 2e-3
 
     rank: int = attrs.field(default=8, validator=at_least(1))
     alpha: float | None = attrs.field(default=None, validator=at_least(0))
