@@ -223,6 +223,7 @@ def test_of_a_prompt_in_messages_no_answer_is_learned():
         ({"text": "t", "label": 2}, ("bad", "good"), "label 2, and there are 2 names"),
         ({"text": "t", "label": -1}, ("bad", "good"), "label -1"),
         ({"text": "t", "label": 1}, (), r"label 1 has no name; give labels="),
+        ({"text": "t", "label": "9" * 5000}, ("bad", "good"), "label '999"),
         ({"text": "t", "label": "fine"}, ("bad", "good"), "label 'fine' is none of bad, good"),
         ({"text": "t", "label": 0.5}, ("bad", "good"), "expected text, got number 0.5"),
         ({"text": "t", "label": True}, ("bad", "good"), "expected text, got boolean True"),
@@ -268,6 +269,7 @@ def test_preferences_are_known_in_all_their_forms(row, chosen):
         ({"chosen": "a", "rejected": "b"}, r"prompts of the two sides differ"),
         ({"prompt": "q", "chosen": 1, "rejected": "b"}, r"expected text, got number 1 \(chosen\)"),
         ({"prompt": "p", "chosen": [*PAIR["messages"]], "rejected": "b"}, r"neither with the assistant nor with the"),
+        ({"prompt": [{}], "chosen": "a", "rejected": "b"}, r"unknown role None.* \(prompt\[0\].role\)"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, r"cannot come first \(chosen\[0\].role\)"),
     ],
 )

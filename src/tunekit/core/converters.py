@@ -165,9 +165,10 @@ def from_label(row: Mapping[str, Any], where: str, labels: Sequence[str]) -> dic
             raise DataError(f"{where}: label {label}, and there are {len(labels)} names, from 0 on (label)")
         label = labels[label]
     elif labels and isinstance(label, str) and label not in labels:
-        if not (label.isdecimal() and label.isascii() and int(label) < len(labels)):
+        number = int(label) if label.isdecimal() and label.isascii() and len(label) < 10 else len(labels)
+        if number >= len(labels):
             raise DataError(f"{where}: label {shown(label)} is none of {', '.join(labels)} (label)")
-        label = labels[int(label)]
+        label = labels[number]
     return dialogue(row["text"], label, "text", "label", where)
 
 

@@ -44,12 +44,13 @@ def to_preference(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     given = row.get("prompt")
     prompt = None if given is None else _side(given, "prompt", where, "user")
     sides = {name: _side(row[name], name, where, "assistant") for name in ("chosen", "rejected")}
-    if prompt is not None and prompt and prompt[-1]["role"] == "assistant" and not prompt[-1].get("content"):
+    if prompt is not None and prompt and prompt[-1].get("role") == "assistant" and not prompt[-1].get("content"):
         prompt = prompt[:-1]  # a transcript that ends with the heading "Assistant:"
     if prompt is None:
         prompt = _common(sides["chosen"], sides["rejected"])
         for name, side in sides.items():
-            if not prompt or [message["role"] for message in side[len(prompt) : len(prompt) + 1]] != ["assistant"]:
+            roles = [message.get("role") for message in side[len(prompt) :]]
+            if not prompt or roles[:1] != ["assistant"] or "user" in roles:
                 raise DataError(f"{where}: the prompts of the two sides differ ({name})")
             sides[name] = side[len(prompt) :]
     else:

@@ -69,6 +69,9 @@ class RowSource(DataSource):
                 except DataError as error:
                     yield place, error
                     continue
+                except RecursionError:
+                    yield place, DataError(f"{place}: nested too deeply")
+                    continue
                 yield place, example
         except DataError as error:
             yield place, error

@@ -37,7 +37,7 @@ def spelled(draw, value):
 
 
 ROWS = OBJECTS.flatmap(spelled)
-ENDS = st.sampled_from(["", "", "", " ", "\r", "}", ",{}", " {}", "\x00"])
+ENDS = st.sampled_from(["", "", "", " ", "\r", "\xa0", "\x1f", "}", ",{}", " {}", "\x00"])
 LINES = st.one_of(
     ROWS,
     ROWS,

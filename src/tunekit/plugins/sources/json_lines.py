@@ -16,6 +16,9 @@ from tunekit.errors import DataError
 _BLOCK = 1 << 16
 """Bytes of lines that are read at a time."""
 
+_BLANKS = " \t\r\n"
+"""What JSON takes for blanks; `str.isspace` takes more."""
+
 _COLON, _QUOTE, _BLANK = ord(":"), ord('"'), ord(" ")
 
 
@@ -39,7 +42,10 @@ class JsonLines(RowSource):
     def read(self, split: str) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
         """Each row and its place as `file:line`."""
         for path in find(self.path, "JsonLines.path"):
-            yield from _read(path)
+            try:
+                yield from _read(path)
+            except DataError as error:  # the file as a whole: others may be sound
+                yield path, error
 
 
 def _read(path: str) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
@@ -140,7 +146,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         row, end = _decode(text)
     except (ValueError, RecursionError):
         return None
-    sound = type(row) is dict and (end == len(text) or text[end:].isspace()) and _has_each_key_once(row, text)
+    sound = type(row) is dict and not text[end:].strip(_BLANKS) and _has_each_key_once(row, text)
     return row if sound else None
 
 

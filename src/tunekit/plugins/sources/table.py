@@ -72,9 +72,13 @@ class Table(RowSource):
         for path in find(self.path, "Table.path"):
             kind = self._format_of(path)
             empty = True
-            for place, row in self._text_rows(path, kind) if kind in ("csv", "tsv") else _arrow_rows(path, kind):
-                empty = False
-                yield place, row
+            try:
+                for place, row in self._text_rows(path, kind) if kind in ("csv", "tsv") else _arrow_rows(path, kind):
+                    empty = False
+                    yield place, row
+            except DataError as error:  # the file as a whole: others may be sound
+                yield path, error
+                continue
             if empty:
                 yield path, DataError(f"{path}: the file has no rows")
 
