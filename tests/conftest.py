@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of encoded rows for the tests alone, also for the processes they start."""
+    os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["TUNEKIT_CACHE"])
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with public data and a small public model; only for tests marked `real`."""

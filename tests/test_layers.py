@@ -40,6 +40,9 @@ ORDER = [
     "core.tokens",
     "core.codec",
     "core.batching",
+    "core.encoded_rows",
+    "core.cache",
+    "core.encoding",
     "core.dataset",
     # the model and what is done with it
     "core.model",

@@ -2,6 +2,9 @@
 
 from .core.assets import ORDERS as ORDERS
 from .core.assets import TINY as TINY
+from .core.cache import CacheEntry as CacheEntry
+from .core.cache import CacheInfo as CacheInfo
+from .core.cache import cache_info as cache_info
 from .core.codec import Codec as Codec
 from .core.component import Component as Component
 from .core.component import Context as Context

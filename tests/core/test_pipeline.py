@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tunekit as tk
 from tunekit.core.checkpoint import trained_parameters
 
-ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(12)]
+ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(14)]
 
 
 def make(tiny_directory, **changes):
@@ -80,7 +80,7 @@ def test_a_part_of_the_wrong_type_is_refused_when_the_pipeline_is_made(tiny_dire
     [
         (tk.InMemory(rows=[]), "there are no rows"),
         (tk.InMemory(rows=[{"a": "b"}]), "no known schema has the columns 'a'"),
-        (tk.InMemory(rows=[*ROWS, {"prompt": "x"}]), r"row 13: missing \(completion\)"),
+        (tk.InMemory(rows=[*ROWS, {"prompt": "x"}]), r"row 15: missing \(completion\)"),
         (tk.InMemory(rows=ROWS[:1]), "at least two different rows"),
         (tk.InMemory(rows=[{"text": f"text {n}"} for n in range(9)]), "ExactMatch needs rows with a prompt"),
     ],

@@ -110,5 +110,6 @@ def windows(encoded: Encoded, size: int, begin: int | None) -> list[Encoded]:
 
 
 def lengths(rows: Sequence[Encoded]) -> list[int]:
-    """Tokens of each row."""
-    return [len(row["input_ids"]) for row in rows]
+    """Tokens of each row; rows in a store know them without being read."""
+    known: list[int] | None = getattr(rows, "lengths", None)
+    return [len(row["input_ids"]) for row in rows] if known is None else known

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.batching import supervised_tokens, windows
+from tunekit.core.batching import supervised_tokens
 from tunekit.core.codec import Codec
-from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Example, Trainer
-from tunekit.core.rows import Placed, rank, read, sides
+from tunekit.core.encoded_rows import EncodedRows, Store
+from tunekit.core.encoding import Windows, encoded
+from tunekit.core.interfaces import AdapterMethod, DataSource, Example, Trainer
+from tunekit.core.rows import Placed, digest, rank_of, read, sides
 from tunekit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @attrs.frozen(kw_only=True)
@@ -26,25 +32,24 @@ class Data:
         changed: how many rows were skipped, left out, dropped or cut, by reason ("train: cut to 512 tokens").
     """
 
-    train: Sequence[Encoded]
-    validation: Sequence[Encoded]
+    train: EncodedRows
+    validation: EncodedRows
     changed: Mapping[str, int]
 
     @property
     def fingerprint(self) -> str:
         """A hash of every token and label in order: a resumed run must have the rows it was started with."""
-        rows = [[list(row["input_ids"]), list(row["labels"])] for row in [*self.train, *self.validation]]
-        return hashlib.sha256(json.dumps([len(self.train), rows]).encode()).hexdigest()
+        return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()
 
     @property
     def tokens(self) -> int:
         """Tokens in the training rows."""
-        return sum(len(row["input_ids"]) for row in self.train)
+        return sum(self.train.lengths)
 
     @property
     def supervised_tokens(self) -> int:
         """Tokens in the training rows that carry loss."""
-        return sum(map(supervised_tokens, self.train))
+        return self.train.supervised_tokens()
 
 
 def load(
@@ -56,7 +61,7 @@ def load(
     seed: int,
     adapter: AdapterMethod | None = None,
 ) -> Data:
-    """Read, split and encode.
+    """Read, split and encode; rows that were encoded before are taken from the cache.
 
     Args:
         source: the training rows, and where it has a split "validation", the held-out ones.
@@ -71,32 +76,29 @@ def load(
         ConfigError: the method takes the whole context.
         DataError: no rows, a row that cannot be used, rows that are too long.
     """
-    taken = adapter.extra_tokens() if adapter else 0
-    room = room_for_rows(longest, taken)
-    limit = min((bound for bound in (trainer.max_length, room) if bound is not None), default=None)
-    way_out = "Set max_length={longest} (within the model's context), or"
-    if taken and limit == room:
-        way_out = f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
+    import numpy as np
+
     changed: Counter[str] = Counter()
-    train, held_out = split(source, validation, seed, changed)
+    limit, way_out = _limit(trainer, longest, adapter.extra_tokens() if adapter else 0)
+    cut = Windows(limit, way_out) if trainer.on_long == "split" and limit is not None else None
+    encode = partial(encoded, trainer=trainer, codec=codec, windows=cut, changed=changed)
+    fit = partial(_fit, trainer=trainer, limit=limit, way_out=way_out, changed=changed)
+    store = encode(source, "train", name="train")
+    if isinstance(validation, DataSource):
+        part = "validation" if "validation" in validation.splits() else "train"
+        held_out = encode(validation, part, name="validation")
+    elif "validation" in source.splits():
+        held_out = encode(source, "validation", name="validation")
+    else:
+        out = np.array(held(store.digests(), validation, seed), dtype=bool)
+        train = fit(store, np.flatnonzero(~out), name="train")
+        rest = fit(store, np.flatnonzero(out), name="validation") if out.any() else train[:0]
+        return Data(train=train, validation=rest, changed=dict(+changed))
     return Data(
-        train=_encode(train, "train", trainer, codec, limit, way_out, changed),
-        validation=_encode(held_out, "validation", trainer, codec, limit, way_out, changed) if held_out else [],
-        changed=dict(changed),
+        train=fit(store, np.arange(store.rows), name="train"),
+        validation=fit(held_out, np.arange(held_out.rows), name="validation"),
+        changed=dict(+changed),
     )
-
-
-def room_for_rows(longest: int | None, taken: int) -> int | None:
-    """Tokens that a row may have at most: those of the context that the adapter method does not take.
-
-    Raises ConfigError if it takes all of them.
-    """
-    room = None if longest is None else longest - taken
-    if room is not None and room < 2:  # a token to predict, and one to predict it from
-        raise ConfigError(
-            f"virtual_tokens={taken} leave no room in the model's context of {longest}", "Pipeline.adapter"
-        )
-    return room
 
 
 def rows(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
@@ -113,30 +115,61 @@ def split(
     A source given as `validation` is asked for its split "validation", where it has one, else for "train". Rows that
     the sources skip or leave out are counted in `changed`.
     """
-    rows = read(source, "train", "train", changed)
-    if not rows:
+    train = read(source, "train", "train", changed)
+    if not train:
         raise DataError(f"the data has no rows{_counts(changed)}")
     if isinstance(validation, DataSource):
         part = "validation" if "validation" in validation.splits() else "train"
         held_out = read(validation, part, "validation", changed)
         if not held_out:
             raise DataError(f"the validation data has no rows{_counts(changed)}")
-        return rows, held_out
+        return train, held_out
     if "validation" in source.splits():
-        return rows, read(source, "validation", "validation", changed)
-    held = sides([rank(row, seed) for _, row in rows] if validation else [0.0] * len(rows), validation)
-    pairs = list(zip(rows, held, strict=True))
+        return train, read(source, "validation", "validation", changed)
+    pairs = list(zip(train, held([digest(row) for _, row in train], validation, seed), strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
 
 
 def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split rows into training and held-out ones by a hash of their content, or of the group they belong to.
+    """Split rows into training and held-out ones by their content; see `held`."""
+    pairs = list(zip(rows, held([digest(row) for row in rows], share, seed), strict=True))
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+
+
+def held(digests: Sequence[bytes], share: float, seed: int) -> list[bool]:
+    """Whether each row is held out, by its digest.
 
     Rows that are added later do not move the others from one side to the other, and equal rows fall on the same side,
     as do the rows of a group. At least one row is on each side; DataError if there are not two different rows.
+
+    Args:
+        digests: of each row.
+        share: of the rows to hold out; 0 for none.
+        seed: another one holds out other rows.
     """
-    pairs = list(zip(rows, sides([rank(row, seed) for row in rows], share), strict=True))
-    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+    return sides([rank_of(content, seed) for content in digests], share)
+
+
+def room_for_rows(longest: int | None, taken: int) -> int | None:
+    """Tokens that a row may have at most: those of the context that the adapter method does not take.
+
+    Raises ConfigError if it takes all of them.
+    """
+    room = None if longest is None else longest - taken
+    if room is not None and room < 2:  # a token to predict, and one to predict it from
+        raise ConfigError(
+            f"virtual_tokens={taken} leave no room in the model's context of {longest}", "Pipeline.adapter"
+        )
+    return room
+
+
+def _limit(trainer: Trainer, longest: int | None, taken: int) -> tuple[int | None, str]:
+    """The longest row in tokens, and what a user can do about longer ones."""
+    room = room_for_rows(longest, taken)
+    limit = min((bound for bound in (trainer.max_length, room) if bound is not None), default=None)
+    if taken and limit == room:
+        return limit, f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
+    return limit, "Set max_length={longest} (within the model's context), or"
 
 
 def _counts(changed: Mapping[str, int]) -> str:
@@ -144,52 +177,39 @@ def _counts(changed: Mapping[str, int]) -> str:
     return ": " + ", ".join(f"{count} {what}" for what, count in changed.items()) if changed else ""
 
 
-def _encode(
-    rows: Sequence[Placed],
-    split: str,
+def _fit(
+    store: Store,
+    rows: NDArray[Any],
+    *,
+    name: str,
     trainer: Trainer,
-    codec: Codec,
     limit: int | None,
     way_out: str,
     changed: Counter[str],
-) -> list[Encoded]:
-    kept: list[Encoded] = []
-    too_long: list[int] = []
-    examples = codec.ahead([row for _, row in rows])
-    for (place, _), row in zip(rows, examples, strict=True):
-        try:
-            encoded = trainer.encode(row, codec)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        if not supervised_tokens(encoded):
-            raise DataError(f"{place}: no token of it carries loss, so nothing can be learned from it")
-        length = len(encoded["input_ids"])
-        if limit is not None and length > limit:
-            too_long.append(length)
-            if trainer.on_long == "split":
-                if "text" not in row:
-                    raise DataError(
-                        f"{place}: a conversation of {length} tokens, and only plain texts can be "
-                        f"split: an answer makes no sense without its question. {way_out.format(longest=length)} "
-                        "on_long='truncate' or 'drop'"
-                    )
-                kept += windows(encoded, limit, codec.tokenizer.bos_token_id)
-                changed[f"{split}: split into windows of {limit} tokens"] += 1
-                continue
-            encoded = {name: values[:limit] for name, values in encoded.items()}
-            if trainer.on_long == "drop":
-                changed[f"{split}: dropped, longer than {limit} tokens"] += 1
-                continue
-            if not supervised_tokens(encoded):
-                changed[f"{split}: dropped, nothing to learn from in the first {limit} tokens"] += 1
-                continue
-            changed[f"{split}: cut to {limit} tokens"] += 1
-        kept.append(encoded)
-    if too_long and trainer.on_long == "error":
+) -> EncodedRows:
+    """Those of `rows`, numbers of rows in the store, that can be used within `limit` tokens, cut where need be."""
+    import numpy as np
+
+    lengths = store.lengths[rows]
+    spans = np.stack([rows, np.zeros_like(rows), lengths], axis=1)
+    over = np.zeros(len(rows), dtype=bool) if limit is None else lengths > limit
+    if not over.any():
+        return EncodedRows(store, spans)
+    if trainer.on_long == "error":
         raise DataError(
-            f"{len(too_long)} rows of {split} are longer than {limit} tokens; the longest has {max(too_long)}. "
-            f"{way_out.format(longest=max(too_long))} on_long='truncate' or 'drop' (plain texts: 'split')"
+            f"{over.sum()} rows of {name} are longer than {limit} tokens; the longest has {lengths.max()}. "
+            f"{way_out.format(longest=lengths.max())} on_long='truncate' or 'drop' (plain texts: 'split')"
         )
-    if not kept:
-        raise DataError(f"no row of {split} is left to use: {dict(changed)}")
-    return kept
+    if trainer.on_long == "drop":
+        changed[f"{name}: dropped, longer than {limit} tokens"] += int(over.sum())
+        keep = ~over
+    else:
+        spans[over, 2] = limit
+        cut = EncodedRows(store, spans)
+        empty = np.array([bool(long) and not supervised_tokens(cut[at]) for at, long in enumerate(over)])
+        changed[f"{name}: dropped, nothing to learn from in the first {limit} tokens"] += int(empty.sum())
+        changed[f"{name}: cut to {limit} tokens"] += int((over & ~empty).sum())
+        keep = ~empty
+    if not keep.any():
+        raise DataError(f"no row of {name} is left to use: {dict(+changed)}")
+    return EncodedRows(store, spans[keep])

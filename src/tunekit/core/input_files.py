@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
+import hashlib
 import io
 import zlib
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def find(path: str | tuple[str, ...], field: str) -> list[str]:
     if not found:
         raise ConfigError("no file is named", field)
     return found
+
+
+def content_of(paths: list[str]) -> str:
+    """A hash of every byte of these files."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with Path(resolve(path)).expanduser().open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
 
 
 @contextmanager

@@ -42,6 +42,14 @@ class DataSource(Component):
     def load(self, split: str) -> Iterable[Example]:
         """Yield the rows of `split`. Raises DataError with `file:line` for a row that cannot be used."""
 
+    def fingerprint(self, split: str) -> str | None:
+        """What stands for the content of `split`, where that is quicker to say than to load every row; else None.
+
+        Encoded rows are taken from the cache as long as it stays the same, so it must change whenever what `examine`
+        gives changes: by the data, and by the component's own fields. None has the rows hashed at the start of a run.
+        """
+        return None
+
     def examine(self, split: str) -> Iterator[tuple[str, Example | DataError]]:
         """Yield every row of `split` with its place, `file:line` or `row N`; a bad row as the DataError it gives.
 
@@ -177,6 +185,10 @@ class Trainer(Component):
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Turn one row into tokens and labels. Default: supervised fine-tuning on what the assistant says."""
         return codec.encode(example)
+
+    def encoding(self) -> str:
+        """What `encode` depends on besides the row and the codec; encoded rows are kept for it. Default: all fields."""
+        return repr(self)
 
     @abstractmethod
     def fit(

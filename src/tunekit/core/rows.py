@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.errors import DataError, LeftOut
@@ -14,12 +14,19 @@ from tunekit.errors import DataError, LeftOut
 Placed = tuple[str, Example]
 """A row and its place, `file:line` or `row N`."""
 
+DIGEST_BYTES = 16
+
 REASONS = 12
 """So many reasons are told apart for each split; the rest is counted as one, so that the table stays short."""
 
 
 def read(source: DataSource, split: str, name: str, changed: Counter[str]) -> list[Placed]:
-    """The sound rows of a split, each with its place.
+    """The sound rows of a split, each with its place; see `sound`."""
+    return list(sound(source, split, name, changed))
+
+
+def sound(source: DataSource, split: str, name: str, changed: Counter[str]) -> Iterator[Placed]:
+    """Yield the sound rows of a split, each with its place.
 
     Args:
         source: where they come from; its `on_error` says what becomes of bad ones.
@@ -30,17 +37,15 @@ def read(source: DataSource, split: str, name: str, changed: Counter[str]) -> li
     Raises:
         DataError: the first bad row, unless the source skips them.
     """
-    kept: list[Placed] = []
     for place, row in source.examine(split):
         if not isinstance(row, DataError):
-            kept.append((place, row))
+            yield place, row
             continue
         if not isinstance(row, LeftOut) and source.on_error == "stop":
             raise row
         entry = f"{name}: {'left out' if isinstance(row, LeftOut) else 'skipped'}, {reason(row, place)}"
         known = sum(key.startswith(f"{name}: ") for key in changed)
         changed[entry if entry in changed or known < REASONS else f"{name}: skipped, for other reasons"] += 1
-    return kept
 
 
 def reason(error: DataError, place: str) -> str:
@@ -49,17 +54,26 @@ def reason(error: DataError, place: str) -> str:
     return re.sub(r"\b\d+\b", "N", text)
 
 
-def rank(row: Example, seed: int) -> float:
-    """A number in [0, 1) that says on which side of a split a row falls; equal rows and seeds give equal numbers.
-
-    It depends on the row's content, or, for a row that belongs to a group (`row["group"]`), on the group alone: so
-    rows that are added later move no other row, and the rows of a group are never separated.
-    """
+def digest(row: Example) -> bytes:
+    """16 bytes that stand for the content of a row, or, for a row of a group (`row["group"]`), for the group alone."""
     group = row.get("group")
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) if group is None else f"group {group}"
     # Tools may hold what no encoding can (half of a surrogate pair): escaped, it is hashed all the same.
-    digest = hashlib.sha256(f"{seed}\n{content}".encode(errors="backslashreplace")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return hashlib.sha256(content.encode(errors="backslashreplace")).digest()[:DIGEST_BYTES]
+
+
+def rank(row: Example, seed: int) -> float:
+    """A number in [0, 1) that says on which side of a split a row falls; equal rows and seeds give equal numbers.
+
+    It depends on the row's digest alone: so rows that are added later move no other row, and the rows of a group are
+    never separated.
+    """
+    return rank_of(digest(row), seed)
+
+
+def rank_of(content: bytes, seed: int) -> float:
+    """The rank of the rows with this digest."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n".encode() + content).digest()[:8], "big") / 2**64
 
 
 def sides(ranks: Sequence[float], share: float) -> list[bool]:

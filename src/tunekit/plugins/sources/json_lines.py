@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.input_files import as_paths, decode, find, open_bytes, without_mark
+from tunekit.core.input_files import as_paths, content_of, decode, find, open_bytes, without_mark
 from tunekit.core.row_source import RowSource
 from tunekit.errors import DataError
 
@@ -38,6 +38,10 @@ class JsonLines(RowSource):
     def check(self, context: Context) -> None:
         """The files must be there."""
         find(self.path, "JsonLines.path")
+
+    def fingerprint(self, split: str) -> str:
+        """The fields, and a hash of the files."""
+        return f"{self} {content_of(find(self.path, 'JsonLines.path'))}"
 
     def read(self, split: str) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
         """Each row and its place as `file:line`."""

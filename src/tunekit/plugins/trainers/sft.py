@@ -117,6 +117,10 @@ class SFT(Trainer):
         """Tokens of a row, with labels on what `train_on` names."""
         return codec.encode(example, self.train_on)
 
+    def encoding(self) -> str:
+        """Of its fields, `train_on`."""
+        return f"train_on={self.train_on}"
+
     def fit(
         self,
         model: nn.Module,
