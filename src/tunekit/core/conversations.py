@@ -19,27 +19,28 @@ _FOLLOWS: Mapping[str, tuple[str | None, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-_IN_ORDER = frozenset((before, role) for role, allowed in _FOLLOWS.items() for before in allowed)
+_AFTER: Mapping[str | None, frozenset[str]] = {
+    before: frozenset(role for role, allowed in _FOLLOWS.items() if before in allowed) for before in (None, *ROLES)
+}
 
 
 def is_plain(messages: Any) -> bool:
     """Whether a conversation is sound and holds roles and texts alone: the quick way, which nearly all rows go."""
     if type(messages) is not list:
         return False
-    before = None
+    role, allowed = None, _AFTER[None]
     try:
         for message in messages:
             role, content = message["role"], message["content"]
-            if content.__class__ is not str or len(message) != 2 or (before, role) not in _IN_ORDER:
+            if role not in allowed or len(message) != 2:
                 return False
-            if not content.isascii() and not is_unicode(content):
+            # Of anything but text, isascii is a TypeError. An empty question may be sound: it is looked at again.
+            if not (str.isascii(content) or is_unicode(content)) or not content.strip():
                 return False
-            if not content.strip():  # an empty question may be sound, but is rare enough to be looked at again
-                return False
-            before = role
+            allowed = _AFTER[role]
     except (TypeError, KeyError):
         return False
-    return before == "assistant"
+    return role == "assistant"
 
 
 def even_out(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def _check_message(message: Any, before: str | None, field: str, where: str) -> 
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where}: unknown role {shown(role)}{did_you_mean(str(role), ROLES)} ({field}.role)")
-    if (before, role) not in _IN_ORDER:
+    if role not in _AFTER[before]:
         place = "first" if before is None else f"after {before!r}"
         raise DataError(f"{where}: role {role!r} cannot come {place} ({field}.role)")
     if len(message) > 2 or "content" not in message:

@@ -99,7 +99,7 @@ def parse_quickly(lines: list[bytes]) -> list[dict[str, Any] | None]:
     that stand twice are found by counting, over all of these lines together.
     """
     block = b"".join(lines)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any] | None] = []
     keys = at = 0
     try:
         text = block.decode("utf-8")
@@ -122,7 +122,7 @@ def parse_quickly(lines: list[bytes]) -> list[dict[str, Any] | None]:
         rows = []
     # Each row ends where a line ends, so if there are as many rows as lines, none began on one and ended on another.
     if len(rows) == len(lines) and _has_so_many_keys(block, keys):
-        return list(rows)
+        return rows
     return [_parse_line(line) for line in lines]
 
 
@@ -135,11 +135,10 @@ def _has_so_many_keys(block: bytes, count: int) -> bool:
     import numpy
 
     data = numpy.frombuffer(block, dtype=numpy.uint8)
-    at = numpy.flatnonzero(data == _COLON)
-    before = data[at - 1]
-    if int(numpy.count_nonzero(before == _QUOTE)) != count:
+    before, colon = data[:-1], data[1:] == _COLON
+    if int(numpy.count_nonzero(colon & (before == _QUOTE))) != count:
         return False
-    further = data[at[before <= _BLANK] - 2]
+    further = data[numpy.flatnonzero(colon & (before <= _BLANK)) - 1]
     return not bool(((further == _QUOTE) | (further <= _BLANK)).any())
 
 

@@ -180,7 +180,7 @@ def _batches(path: str, kind: Format) -> Iterator[Any]:
 
     whole = str(Path(resolve(path)).expanduser())
     if kind == "parquet":
-        with parquet.ParquetFile(whole) as file:
+        with parquet.ParquetFile(whole, pre_buffer=False, buffer_size=1 << 20) as file:  # not the whole file
             yield from file.iter_batches(batch_size=BATCH)
         return
     with pyarrow.memory_map(whole) as source:
