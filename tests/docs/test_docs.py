@@ -36,6 +36,7 @@ PAGES = [
     "docs/writing-a-plugin.md",
     "CONTRIBUTING.md",
 ]
+PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "methods").glob("*.md"))
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 EVERY_PAGE = [*(ROOT / page for page in PAGES), ROOT / "CHANGELOG.md", *REFERENCE]
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
