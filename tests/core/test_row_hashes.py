@@ -31,12 +31,16 @@ def slowly(text):
     return kept or text.strip(), re.findall("[0-9]+", re.sub(r"[^\W\d_]|[^\x00-\x7f]", "", text))
 
 
-@given(TEXT)
-def test_normalised_is_what_it_says(text):
-    kept, numbers = normalised(text)
-    expected, found = slowly(text)
-    assert kept.decode() == expected
-    assert [number.decode() for number in numbers] == found
+@given(st.lists(TEXT, min_size=1, max_size=4))
+def test_normalised_is_what_it_says(texts):
+    for text, (kept, numbers) in zip(texts, normalised(texts), strict=True):
+        expected, found = slowly(text)
+        assert kept.decode() == expected
+        assert [number.decode() for number in numbers] == found
+
+
+def test_texts_that_hold_the_joining_character_are_told_apart():
+    assert normalised(["a\0b", "c", "\0"]) == [*normalised(["a b", "c"]), (b"", ())]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_normalised_is_what_it_says(text):
     ],
 )
 def test_case_blanks_and_punctuation_make_no_difference(one, other):
-    assert normalised(one) == normalised(other)
+    assert normalised([one]) == normalised([other])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_case_blanks_and_punctuation_make_no_difference(one, other):
     [("2 + 3", "2 - 3"), ("1.5", "15"), ("1 23", "12 3"), ("?", "!"), ("\U0001f600", "\U0001f622"), ("10%", "10")],
 )
 def test_what_means_something_else_stays_apart(one, other):
-    assert normalised(one) != normalised(other)
+    assert normalised([one]) != normalised([other])
 
 
 ROWS = st.lists(
@@ -76,8 +80,7 @@ ROWS = st.lists(
 @given(ROWS)
 def test_repeated_rows_are_those_that_are_equal(rows):
     prints = RowHashes()
-    for number, row in enumerate(rows, start=1):
-        prints.add(f"row {number}", take_apart(row))
+    prints.add([f"row {number + 1}" for number in range(len(rows))], [take_apart(row) for row in rows])
     expected = [(at, rows.index(row)) for at, row in enumerate(rows) if rows.index(row) < at]
     assert list(repeats(prints.exact)) == expected
     assert [prints.places[at] for at in range(len(rows))] == [f"row {at + 1}" for at in range(len(rows))]
@@ -86,8 +89,7 @@ def test_repeated_rows_are_those_that_are_equal(rows):
 @given(st.lists(st.text(max_size=8) | st.from_regex(r"[a:]{0,2}:[0-9]{1,20}", fullmatch=True), max_size=20))
 def test_places_come_back_as_they_were(names):
     places = Places()
-    for name in names:
-        places.add(name)
+    places.add(names)
     assert [places[at] for at in range(len(names))] == names
 
 
@@ -103,8 +105,7 @@ def test_calls_of_tools_tell_rows_apart():
         for name in ("a", "b", "a")
     ]
     prints = RowHashes()
-    for row in made:
-        prints.add("row 1", take_apart(row))
+    prints.add(["row 1"] * 3, [take_apart(row) for row in made])
     assert list(repeats(prints.exact)) == list(repeats(prints.alike)) == [(2, 0)]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from tunekit.core.interfaces import DataSource
-from tunekit.core.row_hashes import take_apart
+from tunekit.core.row_hashes import Parts, take_apart
 from tunekit.errors import ConfigError, DataError
 
 
@@ -32,9 +32,11 @@ class Corrected:
         return f"{self.path}: {self.rows:,} rows written, {self.left_out:,} left out"
 
 
-def chain(checksum: int, value: int) -> int:
-    """A number that depends on all hashes so far and their order, within one process."""
-    return hash((checksum, value))
+def chain(checksum: int, rows: Iterable[Parts]) -> int:
+    """A number that depends on all rows so far and their order, within one process; `checksum` is that before."""
+    for row in rows:
+        checksum = hash((checksum, row))
+    return checksum
 
 
 def write(path: Path, source: DataSource, without: frozenset[str], checksum: int) -> Corrected:
@@ -66,11 +68,11 @@ def write(path: Path, source: DataSource, without: frozenset[str], checksum: int
                     counts[False] += 1
                     continue
                 parts = take_apart(row)
-                found = chain(found, hash(parts))
+                found = chain(found, [parts])
                 taken = place not in without
                 counts[taken] += 1
                 if taken:
-                    forms.add(parts.form)
+                    forms.add(parts.form.partition(" ")[0])  # with tools or without
                     file.write(_line(row, place))
         if found != checksum:
             raise DataError("the data has changed since it was validated; validate it again")

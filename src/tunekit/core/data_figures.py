@@ -119,14 +119,17 @@ class Tally:
         self._labels: Counter[str] | None = Counter()
         self._without_system = ""
 
-    def add(self, place: str, parts: Parts, tools: bool) -> None:
-        """Count a sound row but for its lengths."""
-        self._shapes[f"{parts.form} with tools" if tools else parts.form, parts.roles] += 1
-        if self._labels is not None:
-            self._count_label(parts)
-        if not self._without_system and parts.form == "messages" and parts.roles[0] != "system":
-            self._without_system = place
-        self.prints.add(place, parts)
+    def add(self, places: Sequence[str], rows: Sequence[Parts]) -> None:
+        """Count sound rows but for their lengths."""
+        self._shapes.update([(row.form, row.roles) for row in rows])
+        for row in rows:
+            if self._labels is None:
+                break
+            self._count_label(row)
+        if not self._without_system:
+            bare = (place for place, row in zip(places, rows, strict=True) if _lacks_system(row.form, row.roles))
+            self._without_system = next(bare, "")
+        self.prints.add(places, rows)
 
     def add_lengths(self, length: int, supervised: int, taken: int, learned: int, pieces: int) -> None:
         """Count the lengths of a sound row, as it is and as a run takes it."""
@@ -139,7 +142,7 @@ class Tally:
     def _count_label(self, parts: Parts) -> None:
         assert self._labels is not None
         answer = parts.answer.strip()
-        if parts.form == "messages" and answer and len(answer) <= LONGEST_LABEL:
+        if parts.form.startswith("messages") and answer and len(answer) <= LONGEST_LABEL:
             self._labels[answer] += 1
             if len(self._labels) <= MOST_LABELS:
                 return
@@ -159,7 +162,7 @@ class Tally:
                 roles[role] += count
             if row_roles:
                 turns.extend([len(row_roles)] * count)
-            if form.startswith("messages") and row_roles[0] != "system":
+            if _lacks_system(form, row_roles):
                 without_system += count
         figures = Figures(
             rows=self.rows,
@@ -211,6 +214,10 @@ class Tally:
         """A finding about all rows, placed in the file of the first."""
         place = file_of(self.first_place)
         return Finding(place, reason, severity=severity, group=reason, split=self.split)
+
+
+def _lacks_system(form: str, roles: Sequence[str]) -> bool:
+    return form.startswith("messages") and roles[0] != "system"
 
 
 def compact(counts: Mapping[str, int], most: int = 6) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Sequence
+from itertools import compress, islice
 
 from tunekit.core.batching import lengths, supervised_tokens, windows
-from tunekit.core.codec import AHEAD, Codec
+from tunekit.core.codec import Codec
 from tunekit.core.corrected import chain
 from tunekit.core.data_figures import Tally
 from tunekit.core.findings import Finding, from_error
@@ -14,6 +15,9 @@ from tunekit.core.row_hashes import take_apart
 from tunekit.core.row_rules import warnings_of
 from tunekit.core.rows import rank, reason
 from tunekit.errors import DataError, LeftOut
+
+AT_ONCE = 64
+"""So many rows are in memory at a time: many together are checked faster than one by one."""
 
 _FATE = {
     "error": "a run stops there",
@@ -49,36 +53,42 @@ class Examination:
         tally = Tally(name)
         stops = source.on_error == "stop"
         rows = source.examine(split)
-        while some := list(islice(rows, AHEAD)):
-            sound = [row for _, row in some if not isinstance(row, DataError)]
-            ahead = self.codec.ahead(sound) if self.codec else iter(sound)
+        while some := list(islice(rows, AT_ONCE)):
+            tally.first_place = tally.first_place or some[0][0]
+            sound: list[tuple[str, Example]] = []
             for place, row in some:
-                tally.first_place = tally.first_place or place
-                if isinstance(row, LeftOut):
+                if not isinstance(row, DataError):
+                    sound.append((place, row))
+                elif isinstance(row, LeftOut):
                     tally.rows += 1
                     tally.left_out[reason(row, place)] += 1
-                elif isinstance(row, DataError):
+                else:
                     found = from_error(row, place, name, stops=stops)
                     tally.rows += found.place[-1:].isdigit()  # else it is about a whole file
                     self.findings.append(found)
-                else:
-                    tally.rows += 1
-                    self._take(place, next(ahead), tally)
+            tally.rows += len(sound)
+            self._take(sound, tally)
         return tally
 
-    def _take(self, place: str, row: Example, tally: Tally) -> None:
-        parts = take_apart(row)
-        tally.checksum = chain(tally.checksum, hash(parts))
+    def _take(self, placed: Sequence[tuple[str, Example]], tally: Tally) -> None:
+        parts = [take_apart(row) for _, row in placed]
+        tally.checksum = chain(tally.checksum, parts)
         if self.codec is None:
-            length = len(parts.prompt) + len(parts.answer)
-            tally.add_lengths(length, 0, length, 0, pieces=1)
-        elif not self._measure(place, row, tally):
+            for some in parts:
+                length = len(some.prompt) + len(some.answer)
+                tally.add_lengths(length, 0, length, 0, pieces=1)
+        else:
+            ahead = self.codec.ahead([row for _, row in placed])
+            usable = [self._measure(place, next(ahead), tally) for place, _ in placed]
+            placed, parts = list(compress(placed, usable)), list(compress(parts, usable))
+        if not placed:
             return
-        tally.add(place, parts, tools=bool(row.get("tools")))
+        rows = [row for _, row in placed]
+        tally.add([place for place, _ in placed], parts)
         if self._seed is not None and tally.split == "train":
-            tally.ranks.append(rank(row, self._seed))
-        for warned, field in warnings_of(row, parts, self._special):
-            self.findings.append(Finding(place, warned, field, split=tally.split))
+            tally.ranks.extend([rank(row, self._seed) for row in rows])
+        for at, warned, field in warnings_of(rows, parts, self._special):
+            self.findings.append(Finding(placed[at][0], warned, field, split=tally.split))
 
     def _measure(self, place: str, row: Example, tally: Tally) -> bool:
         """Count the tokens of a row; False, with the error found, if a run could not take it."""

@@ -25,26 +25,33 @@ KNOWN = frozenset({"role", "content", "name", "weight", "train", "tool_calls", "
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-def warnings_of(row: Mapping[str, Any], parts: Parts, special: Sequence[str] = ()) -> Iterator[Warned]:
-    """Yield what is odd about an example.
+def warnings_of(
+    rows: Sequence[Mapping[str, Any]], parts: Sequence[Parts], special: Sequence[str] = ()
+) -> Iterator[tuple[int, str, str]]:
+    """Yield what is odd about examples: the position of the row, the reason and the field.
 
     Args:
-        row: the example.
+        rows: the examples.
         parts: the same, taken apart.
         special: control tokens of the tokenizer in use.
     """
-    if _has_marks(parts.prompt, special) or _has_marks(parts.answer, special):
-        for field, text in _texts(row):
-            yield from _marks(field, text, special)
-    if parts.form == "text":
-        if not parts.answer.strip():
-            yield "empty text", "text"
-        return
-    if parts.form == "messages" and (parts.more or not parts.prompt.strip() or "\n" in parts.prompt):
+    # Looking through all at once costs next to nothing, and nearly always is enough.
+    marked = _has_marks("\n".join([text for row in parts for text in (row.prompt, row.answer)]), special)
+    for at, (_, _, prompt, answer, more) in enumerate(parts):
+        if marked and (_has_marks(prompt, special) or _has_marks(answer, special)):
+            for field, text in _texts(rows[at]):
+                yield from ((at, *warned) for warned in _marks(field, text, special))
+        if more or "\n" in prompt or not prompt or prompt.isspace():
+            yield from ((at, *warned) for warned in _oddities(rows[at], calls=bool(more)))
+
+
+def _oddities(row: Mapping[str, Any], calls: bool) -> Iterator[Warned]:
+    if "text" in row and not row["text"].strip():
+        yield "empty text", "text"
+    if "messages" in row:
         yield from _messages(row["messages"])
-        if row.get("tools"):
-            yield from _tools(row["tools"])
-        if parts.more:
+        yield from _tools(row.get("tools") or ())
+        if calls:
             yield from _calls(row["messages"])
 
 
