@@ -115,7 +115,8 @@ def show(value: Any) -> str:
         told = {field.name: (getattr(value, field.name), field.default) for field in attrs.fields(type(value))}
         given = ", ".join(f"{name}={show(mine)}" for name, (mine, default) in told.items() if mine != default)
         return f"tk.{type(value).__name__}({given if type(value).kind == 'source' else ''})"
-    return repr(value).replace("'", '"') if isinstance(value, str | dict) else repr(value)
+    quoted = isinstance(value, str | dict) and '"' not in repr(value)
+    return repr(value).replace("'", '"') if quoted else repr(value)
 
 
 def functions(found: dict[str, Any]) -> Iterable[str]:
