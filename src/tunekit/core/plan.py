@@ -58,7 +58,7 @@ class Plan:
                 f"{self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2%})",
             ],
             *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items()),
-            *([reason, f"{count:,} rows"] for reason, count in self.changed.items()),
+            *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in self.changed.items()),
         ]
         return table(["plan", ""], lines)
 

@@ -78,7 +78,7 @@ def recognise(row: Mapping[str, Any], where: str) -> SchemaName:
 def to_example(
     row: Mapping[str, Any],
     schema: SchemaName,
-    where: str,
+    where: str = "the row",
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
 ) -> dict[str, Any]:
