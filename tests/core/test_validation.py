@@ -308,6 +308,27 @@ def test_a_row_without_supervised_tokens_is_an_error(model, tmp_path):
     assert not report.ok
 
 
+def test_a_row_that_a_trainer_encodes_without_anything_to_learn_is_an_error(model, tmp_path):
+    class Mute(tk.SFT):
+        name = "mute"
+
+        def encode(self, example, codec):
+            found = codec.encode(example)
+            return {**found, "labels": [IGNORED] * len(found["labels"])}
+
+    report = tk.validate(written(tmp_path, SOUND), model=model, trainer=Mute())
+    assert [finding.place[-2:] for finding in report.errors[:26]] == [
+        f"{line}"[-2:].rjust(2, ":") for line in range(1, 27)
+    ]
+    assert "no token of it carries loss" in problems(report)[0]
+
+
+def test_plain_texts_have_no_prompts_to_repeat(tmp_path):
+    report = tk.validate(written(tmp_path, [{"text": f"text {number}"} for number in range(20)]))
+    assert report.splits["train"].repeated_prompts == 0
+    assert report.splits["train"].schemas == {"text": 20}
+
+
 def test_what_the_template_refuses_is_an_error_of_that_row(model, tmp_path):
     template = (
         "{%- for message in messages -%}{%- for call in message.tool_calls or [] -%}{%- if call.id | length != 9 -%}"
