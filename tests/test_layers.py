@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     # what is needed everywhere
     "core.table",
+    "core.writing",
     "core.fields",
     "core.assets",
     # the contract with plugins
@@ -70,7 +71,10 @@ ORDER = [
     # one run
     "core.checkpoint",
     "core.observers",
+    "core.lock",
+    "core.signals",
     "core.run",
+    "core.resume",
     "core.adapter_files",
     "core.plan",
     "core.model_card",
@@ -81,7 +85,18 @@ ORDER = [
 ]
 """A module imports only what stands before it. A new module of the core gets its place here."""
 
-HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich", "tomli_w"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "bitsandbytes",
+    "accelerate",
+    "numpy",
+    "rich",
+    "tomli_w",
+    "psutil",
+}
 IMPORTED_INSIDE = {"tunekit.core.head_loss"}
 """Modules that import heavy packages at their top, and are imported inside of functions themselves."""
 LONG = 300

@@ -52,23 +52,31 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_whole_one_before(tmp_path, 
     assert checkpoint.newest(tmp_path).step == 1
 
 
-def test_no_checkpoint_at_all_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="there is no checkpoint to resume from"):
+def test_no_checkpoint_is_none_and_damaged_ones_alone_are_an_error(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    (write(tmp_path, 3) / checkpoint.PARAMETERS).unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is as it was written: step-000003"):
         checkpoint.newest(tmp_path)
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (2, 9, 10, 100):
+    for step in (2, 9, 999_999, 1_000_000):
         write(tmp_path, step)
-    checkpoint.keep_newest(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"]
+    assert checkpoint.newest(tmp_path).step == 1_000_000
+    checkpoint.keep_newest(tmp_path, 2, best=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-1000000", "step-999999"]
+    checkpoint.keep_newest(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000"]
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):
     write(tmp_path, 1)
     found = checkpoint.newest(tmp_path)
-    for other in (tiny_model("gpt2"), tiny_model(hidden_size=16)):
-        with pytest.raises(TrainingError, match="holds other parameters than this pipeline trains"):
+    for other, difference in (
+        (tiny_model("gpt2"), r"lm_head.weight is \[261, 32\] there and missing here"),
+        (tiny_model(hidden_size=16), r"lm_head.weight is \[261, 32\] there and \[261, 16\] here"),
+    ):
+        with pytest.raises(TrainingError, match=f"holds other parameters than this pipeline trains.*: {difference}"):
             found.load_parameters(other)
 
 
@@ -83,6 +91,7 @@ class Payload:
 
 
 def test_a_state_that_would_run_code_does_not(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     place = write(tmp_path / "checkpoints", 1)
     sentinel = tmp_path / "sentinel"
     torch.save({"trainer": Payload(sentinel)}, place / checkpoint.STATE)

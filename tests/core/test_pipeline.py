@@ -390,7 +390,7 @@ def test_a_changed_pipeline_cannot_go_on_with_the_run(tiny_directory, tmp_path, 
             make(tiny_directory).run(tmp_path / "run")
     changed = make(tiny_directory, adapter=tk.LoRA(rank=8, dropout=0.1), seed=4)
     logged = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(tk.ConfigError, match=r"recipe.adapter.rank: 4 -> 8; recipe.seed: 0 -> 4"):
+    with pytest.raises(tk.ConfigError, match=r"recipe.adapter.rank: 4 -> 8\n +recipe.seed: 0 -> 4"):
         changed.run(tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == logged, "a refused resume changes nothing"
 
@@ -404,7 +404,7 @@ def test_changed_rows_cannot_go_on_with_the_run(tiny_directory, tmp_path, monkey
         with pytest.raises(Stop):
             pipeline.run(tmp_path / "run")
     file.write_text(file.read_text().replace("repeat 3", "repeat 33"))
-    with pytest.raises(tk.ConfigError, match="the rows are not those that the run"):
+    with pytest.raises(tk.ConfigError, match=r"fingerprint of the rows: '\w{12}' -> '\w{12}'"):
         pipeline.run(tmp_path / "run", resume=True)
 
 
@@ -484,6 +484,33 @@ def test_transformers_trains_the_same_pipeline(tiny_directory, tmp_path):
     assert tk.open_run(run.directory).generate("repeat 3", max_new_tokens=4) == run.generate(
         "repeat 3", max_new_tokens=4
     )
+
+
+def test_a_run_in_which_nothing_moved_fails(tiny_directory, tmp_path):
+    still = tk.SFT(max_steps=1, warmup=0.9)  # its one step is in the warm-up, at a rate of 0
+    with pytest.raises(
+        tk.TrainingError, match="none of the 28 trained parameters moved: the learning rate is 0 or too"
+    ):
+        make(tiny_directory, trainer=still).run(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    # In bfloat16 a small change is rounded away.
+    small = make(tiny_directory, adapter=tk.Full(), dtype="bfloat16", trainer=tk.SFT(max_steps=2, learning_rate=1e-12))
+    with pytest.raises(tk.TrainingError, match="parameters moved"):
+        small.run(tmp_path / "small")
+
+
+def test_the_plan_shows_the_size_of_a_checkpoint(tiny_directory, tmp_path):
+    for number, changes in enumerate(
+        ({}, {"adapter": tk.Full(), "dtype": "bfloat16"}, {"adapter": tk.QLoRA(rank=4), "dtype": "bfloat16"})
+    ):
+        pipeline = make(tiny_directory, trainer=tk.SFT(max_steps=3, save_every=2, learning_rate=0.01), **changes)
+        run = pipeline.run(tmp_path / str(number))
+        (place,) = (run.directory / "checkpoints").iterdir()
+        written = sum(path.stat().st_size for path in place.iterdir())
+        planned = pipeline.plan().checkpoint
+        assert planned < written < planned + 96 * 1024, "random states and names come on top"
+        shown = [line.split() for line in str(pipeline.plan()).splitlines()]
+        assert ["a", "checkpoint", f"{planned / 2**20:.1f}", "MiB", "on", "disk"] in shown
 
 
 def test_a_run_is_opened_in_the_dtype_it_was_made_in(tiny_directory, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from tunekit import ConfigError, RunExists, TrainingError
 from tunekit.core import run as files
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
+from tunekit.core.resume import Facts, reopen
 from tunekit.core.run import RunLog
 from tunekit.testing import tiny_model
 
@@ -20,10 +21,19 @@ def log(tmp_path):
     return RunLog(directory=tmp_path / "run", observers=Observers(NOBODY))
 
 
+FACTS = Facts(
+    recipe={},
+    environment={"components": {}, "packages": {}, "dtype": "float32", "device": "cpu", "python": "3"},
+    data="rows",
+    template="",
+    base={"model": "m", "revision": None, "config": {}, "weights_sha256": "", "commit": None},
+)
+
+
 def started(log):
     """What a pipeline writes before the first step, as far as resuming looks at it."""
-    (log.directory / files.RECIPE).write_text("tunekit = 1")
-    files.write_json(log.directory / files.START, {"data": "rows", "base_metrics": {}})
+    FACTS.write(log.directory)
+    FACTS.start(log.directory, {})
 
 
 def test_each_log_call_is_one_line_that_can_be_read_at_once(log):
@@ -47,7 +57,7 @@ def test_what_was_logged_after_a_checkpoint_is_forgotten_a_torn_last_line_includ
         file.write('{"step": 4, "lo')
     log.save(2, tiny_model(), {})
     started(log)
-    files.reopen(log.directory, {}, "rows")
+    reopen(log.directory, FACTS, 9, force=False)
     assert [line["step"] for line in files.history(log.directory)] == [1, 2]
 
 
@@ -58,7 +68,7 @@ def test_a_save_holds_all_states_and_deletes_the_old(log):
     names = sorted(path.name for path in (log.directory / files.CHECKPOINTS).iterdir())
     assert names == ["step-000002", "step-000003"]
     started(log)
-    found = files.reopen(log.directory, {}, "rows")
+    found = reopen(log.directory, FACTS, 9, force=False).checkpoint
     assert (found.step, found.state["trainer"], found.state["method"]) == (3, {"rate": 0.1}, {"ranks": [4, 2]})
     assert set(found.state["random"]) == {"python", "numpy", "torch", "cuda"}
 
@@ -68,7 +78,7 @@ def test_a_save_holds_all_states_and_deletes_the_old(log):
     [
         ({files.RECIPE: "", files.RESULT: "{}"}, "holds a finished run; read it with tunekit.open_run"),
         ({files.RECIPE: "", "checkpoints/step-000001/x": ""}, "holds an unfinished run; go on with run.*resume=True"),
-        ({files.RECIPE: ""}, "stopped before its first checkpoint; delete it"),
+        ({files.RECIPE: ""}, "stopped before its first checkpoint; begin it again with run.*resume=True"),
         ({"thesis.tex": ""}, "is not empty; choose another directory"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.writing import flush
 from tunekit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ class Checkpoint:
 
         stored = load_file(self.directory / PARAMETERS)
         trained = trained_parameters(model)
-        if stored.keys() != trained.keys() or any(stored[name].shape != trained[name].shape for name in stored):
-            raise TrainingError(
-                f"{self.directory} holds other parameters than this pipeline trains; it cannot be resumed"
-            )
+        for name in sorted({*stored, *trained}):
+            there, here = (list(found[name].shape) if name in found else "missing" for found in (stored, trained))
+            if there != here:
+                raise TrainingError(
+                    f"{self.directory} holds other parameters than this pipeline trains; it cannot be resumed: "
+                    f"{name} is {there} there and {here} here"
+                )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(stored[name])
@@ -64,35 +68,69 @@ def trained_parameters(model: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def checksums(model: nn.Module) -> dict[str, int]:
+    """A sum over the bits of each trained parameter: equal ones did not move, down to the last bit."""
+    import torch
+
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(value.detach().contiguous().view(whole[value.element_size()]).sum(dtype=torch.int64))
+        for name, value in trained_parameters(model).items()
+    }
+
+
+def check_moved(model: nn.Module, before: Mapping[str, int]) -> None:
+    """Raise TrainingError if no trained parameter moved since its `checksums` were `before`."""
+    if checksums(model) == before:
+        raise TrainingError(
+            f"none of the {len(before)} trained parameters moved: the learning rate is 0 or too small for their dtype, "
+            "or no gradient reached them; nothing was learned"
+        )
+
+
 def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step` under `directory` and return its place; it appears there only when it is whole."""
+    """Write the checkpoint of `step` into `directory` and return its place; it appears there only when it is whole.
+
+    What goes wrong leaves nothing of it behind, and the checkpoints that are there as they are.
+    """
     import torch
     from safetensors.torch import save_file
 
     place = directory / f"step-{step:06d}"
     scratch = directory / f".{place.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
-    save_file(parameters, scratch / PARAMETERS)
-    torch.save(dict(state), scratch / STATE)
-    digests = {name: sha256(scratch / name) for name in (PARAMETERS, STATE)}
-    (scratch / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")
-    for file in scratch.iterdir():
-        _flush(file)
-    if place.exists():
-        # Only a resumed run comes here again, with the same step and the same content.
-        shutil.rmtree(place)
-    scratch.rename(place)
-    _flush(directory)
+    scratch.mkdir()
+    try:
+        parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
+        save_file(parameters, scratch / PARAMETERS)
+        with (scratch / STATE).open("wb") as stream:
+            torch.save(dict(state), stream)
+        digests = {name: sha256(scratch / name) for name in (PARAMETERS, STATE)}
+        (scratch / MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=2), encoding="utf-8")
+        for path in [*scratch.iterdir(), scratch]:
+            flush(path)
+        if place.exists():
+            # A damaged one that was passed over on resume.
+            shutil.rmtree(place)
+        scratch.rename(place)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    flush(directory)
     return place
 
 
-def newest(directory: Path) -> Checkpoint:
-    """The newest whole checkpoint under `directory`; ConfigError if there is none, TrainingError if it holds code."""
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in `directory`; None if there is none, damaged or not.
+
+    Raises:
+        ConfigError: all that are there are damaged.
+        TrainingError: it holds code.
+    """
     import torch
 
-    for place in sorted(directory.glob("step-*"), reverse=True):
+    places = by_age(directory)
+    for place in places:
         if is_whole(place):
             manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
             try:
@@ -100,7 +138,18 @@ def newest(directory: Path) -> Checkpoint:
             except pickle.UnpicklingError as error:
                 raise TrainingError(f"{place / STATE} holds more than plain values and tensors: {error}") from None
             return Checkpoint(directory=place, step=manifest["step"], state=state)
-    raise ConfigError(f"there is no checkpoint to resume from in {directory}; start anew in another directory")
+    if places:
+        names = ", ".join(place.name for place in places)
+        raise ConfigError(
+            f"no checkpoint in {directory} is as it was written: {names}; start anew in another directory"
+        )
+    return None
+
+
+def by_age(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, damaged ones too, the newest first."""
+    places = [place for place in directory.glob("step-*") if place.name.removeprefix("step-").isdecimal()]
+    return sorted(places, key=lambda place: int(place.name.removeprefix("step-")), reverse=True)
 
 
 def is_whole(place: Path) -> bool:
@@ -113,10 +162,17 @@ def is_whole(place: Path) -> bool:
         return False
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for place in sorted(directory.glob("step-*"), reverse=True)[count:]:
-        shutil.rmtree(place)
+def keep_newest(directory: Path, count: int, best: int | None = None) -> None:
+    """Delete all but the newest `count` checkpoints, and that of step `best`."""
+    for place in by_age(directory)[count:]:
+        if best is None or place.name != f"step-{best:06d}":
+            shutil.rmtree(place)
+
+
+def clear_scratch(directory: Path) -> None:
+    """Delete what a process left that died while it wrote a checkpoint; under the lock of the run only."""
+    for scratch in directory.glob(".step-*"):
+        shutil.rmtree(scratch)
 
 
 def random_states() -> dict[str, Any]:
@@ -150,12 +206,3 @@ def sha256(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system write `path`, a file or a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from abc import ABC
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -28,6 +29,7 @@ class Context:
         quantization: the scheme in force ("nf4", "int8"), None for a base that is not quantized.
         total_steps: planned optimizer steps; 0 while unknown (no data read yet).
         learning_rate: the adapter method's own, for a trainer whose user leaves it open.
+        better: the metrics that the evaluators return, and which direction is better.
         run_directory: where the run writes; None outside of a run.
     """
 
@@ -41,6 +43,7 @@ class Context:
     quantization: str | None = None
     total_steps: int = 0
     learning_rate: float = 2e-4
+    better: Mapping[str, Literal["min", "max"]] = attrs.field(factory=dict)
     run_directory: Path | None = None
 
 

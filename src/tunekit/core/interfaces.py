@@ -182,6 +182,13 @@ class Trainer(Component):
         """The highest learning rate of a run with these facts, for the plan to show. Default: None, not known."""
         return None
 
+    def checkpoint_bytes(self, model: nn.Module) -> int | None:
+        """Bytes of tensors in one checkpoint, for the plan to show: what is trained, and the optimizer's states.
+
+        `model` has the method attached and is on the meta device. Default: None, not known.
+        """
+        return None
+
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Turn one row into tokens and labels. Default: supervised fine-tuning on what the assistant says."""
         return codec.encode(example)

@@ -74,13 +74,17 @@ class Base:
 
         return self._load(AutoTokenizer)
 
-    def empty(self) -> PreTrainedModel:
-        """The model without weights, on the meta device: parameters can be counted, nothing is loaded."""
+    def empty(self, dtype: str = "float32") -> PreTrainedModel:
+        """The model without weights, on the meta device: parameters can be counted, nothing is loaded.
+
+        `dtype` is torch's name of theirs.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+        return model.to(getattr(torch, dtype))
 
     def load(self, *, device: str, dtype: str, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """The model with its weights on `device`, in evaluation mode.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, dataset, fingerprint, recipe
+from tunekit.core import adapter_files, checkpoint, dataset, fingerprint, recipe
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
@@ -27,8 +27,10 @@ from tunekit.core.preview import Preview, first_rows
 from tunekit.core.registry import default_registry
 from tunekit.core.report import Report
 from tunekit.core.result import Run
+from tunekit.core.resume import Facts, Opened, Resume, opened
 from tunekit.core.run import RunLog
 from tunekit.core.validation import validate
+from tunekit.core.writing import naming
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -141,9 +143,8 @@ class Pipeline:
         steps = self.trainer.planned_steps(len(data.train))
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        model = self._base.empty()
         context = self._context(device=device, dtype=dtype, steps=steps)
-        trained = self.adapter.attach(model, context)
+        trained = self.adapter.attach(self._base.empty(dtype), context)
         trainable, total = count_parameters(trained)
         return Plan(
             rows=len(data.train),
@@ -155,24 +156,27 @@ class Pipeline:
             longest=max(len(row["input_ids"]) for row in data.train),
             trainable_parameters=trainable,
             total_parameters=total,
+            checkpoint=self.trainer.checkpoint_bytes(trained),
             memory=standing_memory(trained, 4 if dtype == "float32" else 2, quantized=self._quantizer is not None),
             changed=data.changed,
         )
 
     # Doing it ---------------------------------------------------------------------------------------------------------
 
-    def run(self, directory: str | Path, *, resume: bool = False, observers: Iterable[object] = ()) -> Run:
+    def run(self, directory: str | Path, *, resume: Resume = False, observers: Iterable[object] = ()) -> Run:
         """Fine-tune, measuring the base before and the result after, and write everything into `directory`.
 
         Args:
             directory: the run directory; it must be new or empty unless the run is resumed.
-            resume: go on from the newest checkpoint of an unfinished run of this same pipeline.
+            resume: go on from the newest checkpoint of an unfinished run of this same pipeline; "force" goes on though
+                it is another, and records every change in the result and the log.
             observers: objects with hook methods (`tunekit_log`, ...), told of this run only.
 
         Raises:
             ConfigError, DataError: before any weights are loaded.
-            RunExists: the directory is taken; nothing is overwritten.
+            RunExists: the directory is taken, or another process is at work in it; nothing is overwritten.
             TrainingError: the training went wrong in a way that would have ruined the result.
+            KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; SFT finished the step and wrote a checkpoint.
         """
         directory = Path(directory)
         self.check()
@@ -185,46 +189,36 @@ class Pipeline:
         steps = self.trainer.planned_steps(len(data.train))
         context = self._context(device=device, steps=steps, directory=directory)
 
-        resumed = files.reopen(directory, self.to_dict(), data.fingerprint) if resume else None
-        if resumed is None:
-            self._begin(directory, context)
-        log = RunLog(directory=directory, observers=told, resumed=resumed)
-        log.note(f"resumed at step {resumed.step}" if resumed else "started")
-        told.emit("tunekit_run_started", run=log, steps=steps)
-        try:
-            run = self._train(log, codec, data, context)
-        except BaseException as error:
-            log.note(f"stopped by {type(error).__name__}: {error}")
-            told.emit("tunekit_run_finished", run=log, error=error)
-            raise
-        log.note("finished")
-        told.emit("tunekit_run_finished", run=log, error=None)
-        return run
+        with opened(directory, self._facts(codec, data, context), steps, resume) as found:
+            log = RunLog(directory=directory, observers=told, resumed=found.checkpoint)
+            log.begin(steps, found.notes)
+            try:
+                run = self._train(log, codec, data, context, found)
+            except BaseException as error:
+                log.end(error)
+                raise
+            log.end()
+            return run
 
-    def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context) -> Run:
+    def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context, found: Opened) -> Run:
         from transformers import set_seed
 
         began = time.monotonic()
-        known = fingerprint.fingerprint(self._base)
         base = load_base(self._base, self._quantizer, codec, context)
         evaluate = partial(measure, self.evaluators, tokenizer=codec.tokenizer, rows=data.validation, context=context)
-        if log.resumed:
-            started = files.read_json(log.directory / files.START)
-            fingerprint.check_same(started["base"], known, f"the run in {log.directory}")
-            base_metrics = started["base_metrics"]
-        else:
-            base_metrics = evaluate(base)
-            start = {"base_metrics": base_metrics, "data": data.fingerprint, "base": known}
-            files.write_json(log.directory / files.START, start)
+        if not log.resumed:
+            found.start(evaluate(base))
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
+        before = checkpoint.checksums(model)
         log.method_state = partial(self.adapter.train_state, model)
         if log.resumed:
             log.resumed.load_parameters(model)
             self.adapter.load_train_state(model, log.resumed.state["method"])
+            found.record()
 
         trained = self.trainer.fit(
             model,
@@ -237,22 +231,27 @@ class Pipeline:
             context=context,
         )
 
-        adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, known, codec)
+        checkpoint.check_moved(model, before)
+        with naming(log.directory / files.ADAPTER, files.RESUMABLE):
+            adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, found.facts.base, codec)
         metrics = evaluate(model)
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
         plain = self.adapter.attach(self._base.empty(), context) if self._quantizer else model
         trainable, total = count_parameters(plain)
+        started = files.read_json(log.directory / files.START)
         result = {
             "metrics": metrics,
-            "base_metrics": base_metrics,
+            "base_metrics": started["base_metrics"],
             "training": {"steps": trained.steps, **trained.metrics},
             "rows": {"train": len(data.train), "validation": len(data.validation), "changed": data.changed},
             "tokens": {"train": data.tokens, "supervised": data.supervised_tokens},
             "parameters": {"trainable": trainable, "total": total},
             "components": [default_registry().provenance(type(component)) for component in self._components],
+            "resumes": started["resumes"],
             "seconds": round(time.monotonic() - began, 3),
         }
-        files.write_json(log.directory / files.RESULT, result)
+        with naming(log.directory / files.RESULT, files.RESUMABLE):
+            files.write_json(log.directory / files.RESULT, result)
         return self._finished(log.directory, Loaded(model=model.eval(), codec=codec, context=context))
 
     # Its parts --------------------------------------------------------------------------------------------------------
@@ -284,6 +283,7 @@ class Pipeline:
             quantization=self._quantizer.scheme if self._quantizer else None,
             total_steps=steps,
             learning_rate=self.adapter.learning_rate,
+            better={name: way for evaluator in self.evaluators for name, way in evaluator.better.items()},
             run_directory=directory,
         )
 
@@ -296,13 +296,11 @@ class Pipeline:
             evaluator.check_data(data.validation)
         return data
 
-    def _begin(self, directory: Path, context: Context) -> None:
-        """A new run directory with the recipe and the environment in it."""
-        table = self.to_dict()
-        files.create(directory)
-        recipe.write(directory / files.RECIPE, table)
-        environment = files.environment(default_registry(), context.device, context.dtype, self.seed)
-        files.write_json(directory / files.ENVIRONMENT, environment)
+    def _facts(self, codec: Codec, data: dataset.Data, context: Context) -> Facts:
+        registry = default_registry()
+        environment = files.environment(registry, self._components, context.device, context.dtype, self.seed)
+        base, rows = fingerprint.fingerprint(self._base), data.fingerprint
+        return Facts(recipe=self.to_dict(), environment=environment, data=rows, template=codec.template, base=base)
 
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
         parts = Parts(

@@ -19,6 +19,7 @@ import attrs
 from tunekit.core.component import Component
 from tunekit.core.fields import check_type, describe, did_you_mean, is_union, types_of
 from tunekit.core.registry import Registry
+from tunekit.core.writing import replace
 from tunekit.errors import AmbiguousComponent, ConfigError, PluginError, UnknownComponent
 
 FORMAT = 1
@@ -88,10 +89,10 @@ def without_format(table: Mapping[str, Any], where: str = "recipe") -> dict[str,
 
 
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """Write `table` as a TOML recipe."""
+    """Write `table` as a TOML recipe, all of it or nothing."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps({"tunekit": FORMAT, **table}), encoding="utf-8")
+    replace(path, tomli_w.dumps({"tunekit": FORMAT, **table}))
 
 
 def differences(old: Any, new: Any, where: str = "recipe") -> list[str]:

@@ -8,16 +8,20 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core import checkpoint, recipe
+from tunekit.core import checkpoint, lock
 from tunekit.core.checkpoint import Checkpoint
+from tunekit.core.component import Component
+from tunekit.core.lock import LOCK
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
+from tunekit.core.writing import naming, replace
 from tunekit.errors import ConfigError, RunExists, TrainingError
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ START = "start.json"
 LOG = "log.txt"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+
+RESUMABLE = "Checkpoints that are there are as they were: once the disk can be written, go on with resume=True"
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,19 @@ class RunLog:
     resumed: Checkpoint | None = None
     method_state: Callable[[], Mapping[str, Any]] = dict
 
+    def begin(self, steps: int, notes: Iterable[str]) -> None:
+        """Note how the run begins, and tell the observers that so many optimizer steps are planned."""
+        for note in notes:
+            self.note(note)
+        self.observers.emit("tunekit_run_started", run=self, steps=steps)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note that the run is over, and what stopped it, if anything did; and tell the observers."""
+        # Where the disk is the trouble, the note cannot be written either; the error is raised all the same.
+        with suppress(TrainingError):
+            self.note(f"stopped by {type(error).__name__}: {error}" if error else "finished")
+        self.observers.emit("tunekit_run_finished", run=self, error=error)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append `metrics` of `step` (0: before the first) to `metrics.jsonl` and tell the observers.
 
@@ -60,7 +79,8 @@ class RunLog:
             if not math.isfinite(value):
                 raise TrainingError(f"step {step}: {name} is {value}")
         line = json.dumps({"step": step, **metrics}, allow_nan=False)
-        with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+        path = self.directory / METRICS
+        with naming(path, RESUMABLE), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.observers.emit("tunekit_log", run=self, step=step, metrics=metrics)
 
@@ -68,39 +88,55 @@ class RunLog:
         """Append a line with the time to `log.txt`."""
         logger.info("%s", text)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with (self.directory / LOG).open("a", encoding="utf-8") as file:
+        path = self.directory / LOG
+        with naming(path, RESUMABLE), path.open("a", encoding="utf-8") as file:
             file.write(f"{now} {text}\n")
 
-    def save(self, step: int, model: nn.Module, trainer_state: Mapping[str, Any], keep: int = 1) -> None:
-        """Write a checkpoint of `step` that a resumed run can go on from, then delete all but the newest `keep`.
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        trainer_state: Mapping[str, Any],
+        keep: int = 1,
+        best: int | None = None,
+    ) -> None:
+        """Write a checkpoint of `step` that a resumed run can go on from, then delete those that are not to be kept.
 
         Args:
             step: optimizer steps taken.
             model: its trainable parameters are stored.
-            trainer_state: the trainer's own state (optimizer, schedule): JSON values and tensors.
-            keep: how many checkpoints stay.
+            trainer_state: the trainer's own state (its optimizer's, ...): JSON values and tensors.
+            keep: how many checkpoints stay, the newest.
+            best: the step of one that stays besides.
+
+        Raises:
+            TrainingError: it could not be written; the file is named, and the checkpoints before are as they were.
         """
         state = {
             "trainer": dict(trainer_state),
             "method": dict(self.method_state()),
             "random": checkpoint.random_states(),
         }
-        place = checkpoint.write(self.directory / CHECKPOINTS, step, model, state)
-        checkpoint.keep_newest(self.directory / CHECKPOINTS, keep)
+        directory = self.directory / CHECKPOINTS
+        with naming(directory / f"step-{step:06d}", RESUMABLE):
+            directory.mkdir(exist_ok=True)  # not its parents: a run directory that is gone is not made again
+            place = checkpoint.write(directory, step, model, state)
+            checkpoint.keep_newest(directory, keep, best)
         self.note(f"saved {place.name}")
         self.observers.emit("tunekit_saved", run=self, step=step, directory=place)
 
 
 def check_free(directory: Path) -> None:
     """Raise RunExists if something is in `directory` already, saying how to go on: nothing is ever overwritten."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and is_blank(directory)):
         return
     if (directory / RESULT).exists():
         state = f"holds a finished run; read it with tunekit.open_run({str(directory)!r})"
     elif any((directory / CHECKPOINTS).glob("step-*")):
         state = f"holds an unfinished run; go on with run({str(directory)!r}, resume=True)"
     elif (directory / RECIPE).exists():
-        state = "holds a run that stopped before its first checkpoint; delete it"
+        state = f"holds a run that stopped before its first checkpoint; begin it again with run({str(directory)!r}, "
+        state += "resume=True)"
     else:
         raise RunExists(f"{directory} is {'a file' if directory.is_file() else 'not empty'}; choose another directory")
     raise RunExists(f"{directory} {state}, or choose another directory")
@@ -115,43 +151,42 @@ def create(directory: Path) -> None:
         raise ConfigError(f"cannot make the run directory {directory}: {error.strerror}", "directory") from None
 
 
-def reopen(directory: Path, table: Mapping[str, Any], fingerprint: str) -> Checkpoint:
-    """The checkpoint that an unfinished run goes on from; what it logged afterwards is forgotten.
+def is_blank(directory: Path) -> bool:
+    """Whether nothing is in `directory` but what a run makes before it writes anything."""
+    made = {LOCK, CHECKPOINTS}
+    return {path.name for path in directory.iterdir()} <= made and not any((directory / CHECKPOINTS).glob("*"))
 
-    Args:
-        directory: the run directory.
-        table: the recipe of the pipeline that wants to go on with it.
-        fingerprint: that of its rows.
+
+@contextmanager
+def taken(directory: Path, resume: bool) -> Iterator[str]:
+    """A run directory that is this process's alone, made if the run is new; yields what is to be noted about its lock.
 
     Raises:
-        ConfigError: there is no unfinished run with a checkpoint, or it was started by another pipeline or with other
-            rows; each changed field is named. The run is left as it is.
+        RunExists: it is taken, or another process is at work in it.
+        ConfigError: it cannot be made or written, or there is no run to resume.
     """
-    if not (directory / RECIPE).is_file():
+    if not resume:
+        create(directory)
+    elif not directory.is_dir():
         raise ConfigError(f"there is no run to resume in {directory}", "directory")
-    if (directory / RESULT).exists():
-        where = str(directory)
-        raise ConfigError(f"the run in {where} is finished; read it with tunekit.open_run({where!r})", "directory")
-    _check_within(directory)
-    found = checkpoint.newest(directory / CHECKPOINTS)
-    if changed := recipe.differences(recipe.read(directory / RECIPE), table):
-        raise ConfigError(
-            f"the run in {directory} was started by another pipeline; changed: {'; '.join(changed)}", "resume"
-        )
-    if read_json(directory / START)["data"] != fingerprint:
-        raise ConfigError(f"the rows are not those that the run in {directory} was started with", "resume")
-    _forget_after(directory / METRICS, found.step)
-    return found
+    with lock.held(directory) as note:
+        if not resume:
+            check_free(directory)  # another process may have been here since
+        yield note
 
 
-def environment(registry: Registry, device: str, dtype: str, seed: int) -> dict[str, Any]:
+def environment(
+    registry: Registry, components: Iterable[Component], device: str, dtype: str, seed: int
+) -> dict[str, Any]:
     """What the run was made with: versions, plugins, device and seed; no variables, no paths, no secrets."""
+    made_by = [registry.provenance(type(component)) for component in components]
     packages = {found.name: found.version for found in importlib.metadata.distributions() if found.name}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         "plugins": [attrs.asdict(plugin) for plugin in registry.plugins()],
+        "components": {found["component"]: f"{found['distribution']} {found['version']}" for found in made_by},
         "device": device,
         "dtype": dtype,
         "seed": seed,
@@ -159,8 +194,8 @@ def environment(registry: Registry, device: str, dtype: str, seed: int) -> dict[
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON; numbers must be finite."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write `content` as indented JSON, all of it or nothing; numbers must be finite."""
+    replace(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -180,20 +215,3 @@ def history(directory: Path) -> list[dict[str, float]]:
     """Every logged line of `metrics.jsonl`, in order."""
     path = directory / METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def _check_within(directory: Path) -> None:
-    """Raise ConfigError for a link that leads out of the run directory: what is written would be written there."""
-    for path in directory.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(directory.resolve()):
-            raise ConfigError(
-                f"{path} is a link out of the run directory; a run writes into its own alone", "directory"
-            )
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop what was logged after `step`: the resumed run logs it again."""
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(kept), encoding="utf-8")

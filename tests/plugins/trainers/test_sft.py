@@ -1,16 +1,20 @@
 """SFT takes the step that the whole batch asks for, token for token, and a resumed run is the same run."""
 
 import math
+import shutil
 
+import attrs
 import pytest
 import torch
 
 from tunekit import SFT, ConfigError, Context, TrainingError
+from tunekit.core import batching
 from tunekit.core.checkpoint import newest
 from tunekit.core.codec import IGNORED, Codec
 from tunekit.core.observers import Observers
 from tunekit.core.registry import default_registry
 from tunekit.core.run import RunLog, create, history
+from tunekit.plugins.trainers import optimization
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -33,7 +37,18 @@ def encoded(count):
     ]
 
 
-def fit(trainer, directory, *, rows=7, model=None, resumed=None, after_step=None, extra_loss=None, validate=None):
+def fit(
+    trainer,
+    directory,
+    *,
+    rows=7,
+    model=None,
+    resumed=None,
+    after_step=None,
+    extra_loss=None,
+    validate=None,
+    context=CONTEXT,
+):
     model = model or tiny_model()
     if resumed is None:
         create(directory)
@@ -49,7 +64,7 @@ def fit(trainer, directory, *, rows=7, model=None, resumed=None, after_step=None
         extra_loss=extra_loss or (lambda model: None),
         validate=validate,
         run=log,
-        context=CONTEXT,
+        context=context,
     )
     return model, result, history(directory)
 
@@ -154,12 +169,166 @@ def test_evaluation_while_training_is_logged_at_its_steps(tmp_path):
     assert [line["step"] for line in lines if "validation/nll" in line] == [2, 4]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path):
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is"):
-        fit(SFT(max_steps=9, learning_rate=1e30, optimizer="sgd", warmup=0, max_grad_norm=math.inf), tmp_path / "run")
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step_with_its_rows(tmp_path):
+    trainer = SFT(max_steps=9, learning_rate=1e30, optimizer="sgd", warmup=0, max_grad_norm=math.inf)
+    says = r"step 2: the norm of the gradient is nan on the encoded training rows 1, 2, 3, 4, 5, 6, 7; row 1 begins '<"
+    with pytest.raises(TrainingError, match=says):
+        fit(trainer, tmp_path / "run")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+class Poisoned(torch.nn.Module):
+    """Makes the loss of every row infinite that has a given text in it: a stand-in for what makes real models do so."""
+
+    def __init__(self, inner, text):
+        super().__init__()
+        self.inner, self.ids = inner, TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+    def forward(self, ids):
+        made = self.inner(ids)
+        for row, numbers in enumerate(ids.tolist()):
+            if " ".join(map(str, self.ids)) in " ".join(map(str, numbers)):
+                made[row] = made[row] * math.inf
+        return made
+
+
+def poisoned(text):
+    model = tiny_model()
+    model.model.embed_tokens = Poisoned(model.model.embed_tokens, text)
+    return model
+
+
+PLAIN = {"max_steps": 6, "batch_size": 3, "micro_batch_size": 1, "padding_free": False, "chunked_loss": False}
+
+
+def test_a_loss_that_is_not_finite_names_the_very_row(tmp_path):
+    with pytest.raises(TrainingError, match=r"step \d: the loss is nan on the encoded training rows 6; row 6 begins"):
+        fit(SFT(**PLAIN), tmp_path / "run", model=poisoned("row 5"))
+
+
+def test_a_skipped_step_moves_nothing_is_counted_and_leaves_the_schedule_alone(tmp_path):
+    trainer = SFT(**PLAIN, on_nonfinite="skip", schedule="linear", warmup=0, learning_rate=0.01)
+    seen = {}
+    model, result, lines = fit(
+        trainer,
+        tmp_path / "run",
+        model=poisoned("row 5"),
+        after_step=lambda model, step: seen.update({step: [p.detach().clone() for p in model.parameters()]}),
+    )
+    skipped = [line["step"] for line in lines if line.get("skipped")]
+    assert result.metrics["skipped_steps"] == len(skipped) == 2, "once an epoch, and there are two"
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.01 * (1 - n / 6) for n in range(6)])
+    assert "skipped step" in (tmp_path / "run" / "log.txt").read_text()
+    assert sorted(seen) == [step for step in range(1, 7) if step not in skipped]
+
+    # The second way: the same steps without the skipped ones, each by itself.
+    twin = tiny_model()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0)
+    rows = encoded(7)
+    for step in sorted(seen):
+        chosen = [rows[at] for at in batching.rows_of_step(step, 7, 3, CONTEXT.seed, "shuffled")]
+        tokens = sum(map(batching.supervised_tokens, chosen))
+        for row in sorted(chosen, key=lambda row: -len(row["input_ids"])):
+            ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+            logits = twin(ids).logits[0, :-1]
+            (torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - (step - 1) / 6)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert largest_difference(model, twin) < 1e-5
+
+
+def test_a_run_whose_every_step_was_skipped_fails(tmp_path):
+    with pytest.raises(TrainingError, match="all 6 steps were skipped"):
+        fit(SFT(**PLAIN, on_nonfinite="skip"), tmp_path / "run", model=poisoned("row"))
+
+
+def test_the_checkpoint_of_the_best_evaluation_stays_beside_the_newest(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    context = attrs.evolve(CONTEXT, better={"nll": "min"})
+    trainer = SFT(max_steps=10, batch_size=3, evaluate_every=2, save_every=2, keep=1, keep_best="nll")
+    trainer.check(context)
+    _, result, _ = fit(trainer, tmp_path / "run", validate=lambda: {"nll": next(values)}, context=context)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+    assert (result.metrics["best_step"], result.metrics["best_nll"]) == (4, 1.0)
+
+
+def test_the_best_is_known_to_a_resumed_run_and_may_be_the_last_step(tmp_path):
+    trainer = SFT(max_steps=5, batch_size=3, evaluate_every=2, save_every=2, keep=1, keep_best="accuracy")
+    context = attrs.evolve(CONTEXT, better={"accuracy": "max"})
+
+    def ended(name, last, **more):
+        values = iter([0.7, 0.5, last] if not more else [last])
+        measured = lambda: {"accuracy": next(values)}  # noqa: E731
+        return fit(trainer, tmp_path / name, validate=measured, context=context, **more)[1].metrics
+
+    assert (ended("first", 0.6)["best_step"], ended("better", 0.9)["best_step"]) == (2, 5)
+    create(tmp_path / "resumed")
+    shutil.copytree(tmp_path / "first" / "checkpoints", tmp_path / "resumed" / "checkpoints", dirs_exist_ok=True)
+    found = newest(tmp_path / "resumed" / "checkpoints")
+    assert found.step == 4
+    assert ended("resumed", 0.6, resumed=found)["best_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "better", "says"),
+    [
+        ({"keep_best": "nl", "evaluate_every": 2}, {"nll": "min"}, "no evaluator returns 'nl'; did you mean 'nll'"),
+        ({"keep_best": "nll"}, {"nll": "min"}, "needs evaluate_every"),
+    ],
+)
+def test_what_cannot_be_best_is_refused_before_any_work(fields, better, says):
+    with pytest.raises(ConfigError, match=rf"SFT\.keep_best: {says}"):
+        SFT(**fields).check(attrs.evolve(CONTEXT, better=better))
+
+
+def test_the_best_needs_rows_to_be_measured_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"SFT\.keep_best: there are no held-out rows"):
+        fit(SFT(keep_best="nll", evaluate_every=1), tmp_path / "run")
+
+
+def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tunekit.plugins.trainers.sft.time.monotonic", lambda: now[0])
+
+    def a_minute_and_a_half(model, step):
+        now[0] += 90
+
+    trainer = SFT(max_steps=7, save_every=100, save_minutes=4, keep=9)
+    fit(trainer, tmp_path / "run", after_step=a_minute_and_a_half)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "adamw-8bit"])
+def test_the_size_of_a_checkpoint_is_known_before(tmp_path, optimizer):
+    trainer = SFT(max_steps=2, save_every=1, optimizer=optimizer)
+    planned = trainer.checkpoint_bytes(tiny_model().to("meta"))
+    fit(trainer, tmp_path / "run")
+    (place,) = (tmp_path / "run" / "checkpoints").iterdir()
+    written = sum(path.stat().st_size for path in place.iterdir())
+    numbers = newest(place.parent).state["random"]["torch"].numel()
+    assert planned < written < planned + numbers + 64 * 1024
+
+
+def test_states_of_other_shapes_are_refused_before_the_first_step():
+    def optimizer(shape):
+        made = torch.optim.AdamW([torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(3, 2))])
+        for parameter in made.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        made.step()
+        return made
+
+    other = optimizer((4, 2))
+    with pytest.raises(TrainingError, match=r"not of parameter 0, of shape \[2, 4\]: they are .*'exp_avg': \[4, 2\]"):
+        optimization.restore(optimizer((2, 4)), other.state_dict())
+    with pytest.raises(TrainingError, match=r"are of \[2\] parameters \(by group\), this run trains \[1\]"):
+        optimization.restore(torch.optim.AdamW([torch.nn.Parameter(torch.ones(4, 2))]), other.state_dict())
+    optimization.restore(same := optimizer((4, 2)), other.state_dict())
+    assert same.state_dict()["state"].keys() == {0, 1}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "adamw-8bit"])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, optimizer):
     trainer = SFT(
         max_steps=7, batch_size=3, micro_batch_size=2, save_every=2, keep=9, learning_rate=0.01, optimizer=optimizer
@@ -178,7 +347,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, optimizer):
 
 
 def test_matrices_decay_and_vectors_do_not():
-    groups = SFT(weight_decay=0.1)._optimizer(tiny_model("gpt2"), 1e-3).param_groups
+    groups = optimization.make("adamw", tiny_model("gpt2"), 1e-3, weight_decay=0.1).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(parameter.dim() >= 2 for parameter in groups[0]["params"])
     assert all(parameter.dim() < 2 for parameter in groups[1]["params"])

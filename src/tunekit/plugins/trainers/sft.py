@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
@@ -16,29 +16,20 @@ from tunekit.core.checkpoint import set_random_states
 from tunekit.core.codec import Codec, TrainOn
 from tunekit.core.component import Context
 from tunekit.core.evaluation import pad_id
-from tunekit.core.fields import at_least, between, positive
+from tunekit.core.fields import at_least, between, did_you_mean, positive
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
+from tunekit.core.rows_loss import RowsLoss
+from tunekit.core.signals import asked_to_stop
 from tunekit.errors import ConfigError, TrainingError
+from tunekit.plugins.trainers import optimization
+from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.optim import Optimizer
     from transformers import PreTrainedTokenizerBase
 
     from tunekit.core.run import RunLog
 
-OPTIMIZERS = {
-    "adamw": "torch.optim:AdamW",
-    "adamw-8bit": "bitsandbytes.optim:AdamW8bit",
-    "adafactor": "torch.optim:Adafactor",
-    "sgd": "torch.optim:SGD",
-}
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "inverse-sqrt": "inverse_sqrt",
-}
 AUTO_MICRO_BATCH_TOKENS = 4096
 """Padded tokens in one forward pass where the user does not say how many rows."""
 
@@ -71,9 +62,14 @@ class SFT(Trainer):
             works for plain texts; counted in plan and result.
         order: rows "shuffled" anew each epoch by the seed, or "as-given".
         save_every: steps between checkpoints; None saves at the end of each epoch.
+        save_minutes: a checkpoint is also written when the last one is so many minutes old.
         keep: how many checkpoints stay, the newest.
+        keep_best: a metric of the evaluators ("perplexity"): the checkpoint of the evaluation where it was best stays
+            too, and the result says which step that was. The last step is evaluated as well.
         evaluate_every: steps between evaluations while training; None for none.
         log_every: steps between log lines.
+        on_nonfinite: "stop" at a step whose loss or gradient is not finite, with its rows in the error; or "skip" it:
+            the parameters do not move, the schedule goes on, and skipped steps are logged and counted in the result.
     """
 
     name = "sft"
@@ -95,15 +91,25 @@ class SFT(Trainer):
     on_long: Literal["error", "drop", "truncate", "split"] = "error"
     order: Order = "shuffled"
     save_every: int | None = attrs.field(default=None, validator=at_least(1))
+    save_minutes: float | None = attrs.field(default=None, validator=positive)
     keep: int = attrs.field(default=2, validator=at_least(1))
+    keep_best: str | None = None
     evaluate_every: int | None = attrs.field(default=None, validator=at_least(1))
     log_every: int = attrs.field(default=1, validator=at_least(1))
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def check(self, context: Context) -> None:
-        """The optimizer's package must be installed."""
-        package = OPTIMIZERS[self.optimizer].partition(".")[0]
+        """The optimizer's package must be installed, and what is to be best must be measured."""
+        package = optimization.OPTIMIZERS[self.optimizer].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{self.optimizer!r} needs {package}: pip install {package}", "SFT.optimizer")
+        if self.keep_best and self.keep_best not in context.better:
+            raise ConfigError(
+                f"no evaluator returns {self.keep_best!r}{did_you_mean(self.keep_best, context.better)}",
+                "SFT.keep_best",
+            )
+        if self.keep_best and not self.evaluate_every:
+            raise ConfigError("needs evaluate_every: the steps at which it is measured", "SFT.keep_best")
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps on `rows` rows: max_steps, or whole epochs, the last step of each taking what is left."""
@@ -112,6 +118,11 @@ class SFT(Trainer):
     def peak_learning_rate(self, context: Context) -> float:
         """The user's learning rate, else the adapter method's."""
         return context.learning_rate if self.learning_rate is None else self.learning_rate
+
+    def checkpoint_bytes(self, model: nn.Module) -> int:
+        """Bytes of what is trained and of the optimizer's states; a few kilobytes of names and numbers come on top."""
+        trained: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return trained + optimization.size(optimization.make(self.optimizer, model, 1.0, self.weight_decay))
 
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Tokens of a row, with labels on what `train_on` names."""
@@ -136,102 +147,117 @@ class SFT(Trainer):
         """Train `model` in place; see `Trainer.fit`. TrainingError for a loss or gradient that is not finite."""
         from accelerate import Accelerator
 
+        if self.keep_best and not validate:
+            raise ConfigError("there are no held-out rows to measure it on", "SFT.keep_best")
         steps = self.planned_steps(len(train))
         save_every = self.save_every or batching.steps_per_epoch(len(train), self.batch_size)
         accelerator = Accelerator(cpu=context.device == "cpu", device_placement=False)
-        optimizer = self._optimizer(model, self.peak_learning_rate(context))
-        schedule = self._schedule(optimizer, steps)
-        first = 1
-        if run.resumed:
-            first = run.resumed.step + 1
-            optimizer.load_state_dict(run.resumed.state["trainer"]["optimizer"])
-            schedule.load_state_dict(run.resumed.state["trainer"]["schedule"])
-            set_random_states(run.resumed.state["random"])
+        peak = self.peak_learning_rate(context)
+        share = optimization.schedule(self.schedule, self.warmup, steps)
+        optimizer = optimization.make(self.optimizer, model, peak, self.weight_decay)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        summed_loss = rows_loss.choose(
+        so_far = SoFar()
+        if run.resumed:
+            so_far = SoFar(**run.resumed.state["trainer"]["so_far"])
+            optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
+        summed_loss = self._summed_loss(model, tokenizer, train, run, context)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        model.train()
+        if run.resumed:
+            set_random_states(run.resumed.state["random"])  # last: nothing else may draw from them
+
+        saved_at = time.monotonic()
+        with summed_loss.training(), asked_to_stop() as asked:
+            for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
+                rows = batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
+                tokens = sum(batching.supervised_tokens(train[at]) for at in rows)
+                losses = []
+                for group in self._micro_batches(rows, train, padded=not summed_loss.padding_free):
+                    # Divided by the tokens of the whole step: every token weighs the same however rows are split.
+                    part = summed_loss(model, [train[at] for at in group]) / tokens
+                    accelerator.backward(part)
+                    losses.append((part.item(), group))
+                extra = extra_loss(accelerator.unwrap_model(model))
+                if extra is not None:
+                    accelerator.backward(extra)
+                norm = float(accelerator.clip_grad_norm_(trained, self.max_grad_norm))
+                loss = sum(part for part, _ in losses)
+                rate = peak * share(step - 1)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                wrong = what_is_not_finite(step, losses, norm, train, tokenizer)
+                if wrong and self.on_nonfinite == "stop":
+                    raise TrainingError(f"{wrong}. Nothing was learned from this step; {WAYS_OUT}")
+                if wrong:
+                    so_far.skipped += 1
+                    run.note(f"skipped {wrong}")
+                    run.log(step, {"skipped": 1, "learning_rate": rate, "tokens": tokens})
+                else:
+                    so_far.loss = loss
+                    optimizer.step()
+                    after_step(accelerator.unwrap_model(model), step)
+                optimizer.zero_grad()
+
+                if not wrong and (step % self.log_every == 0 or step == steps):
+                    run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
+                is_best = False
+                if validate and self._evaluates(step, steps):
+                    with summed_loss.paused():
+                        measured = validate()
+                    run.log(step, {f"validation/{name}": value for name, value in measured.items()})
+                    if name := self.keep_best:
+                        is_best = so_far.is_best(step, measured[name], context.better[name])
+                due = step % save_every == 0 or time.monotonic() - saved_at >= 60 * (self.save_minutes or math.inf)
+                if ((due or is_best) and step < steps) or asked.by:
+                    way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
+                    state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
+                    run.save(step, accelerator.unwrap_model(model), state, self.keep, so_far.best_step)
+                    saved_at = time.monotonic()
+                asked.leave()
+        return TrainResult(steps=steps, metrics=so_far.metrics(self.keep_best))
+
+    def _summed_loss(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Encoded],
+        run: RunLog,
+        context: Context,
+    ) -> RowsLoss:
+        """The way to the loss; a resumed run goes the way it went before, to the last bit."""
+        fill = pad_id(tokenizer)
+        if run.resumed:
+            way = run.resumed.state["trainer"]["loss"]
+            free, chunked = self.padding_free and way["padding_free"], self.chunked_loss and way["chunked"]
+            return RowsLoss(model=model, pad_id=fill, device=context.device, padding_free=free, chunked=chunked)
+        found = rows_loss.choose(
             model,
             _shortest_and_longest(train),
-            pad_id(tokenizer),
+            fill,
             context.device,
             padding_free=self.padding_free,
             chunked=self.chunked_loss,
         )
-        for note in summed_loss.notes:
+        for note in found.notes:
             run.note(note)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        model.train()
+        return found
 
-        with summed_loss.training():
-            for step in range(first, steps + 1):
-                rows = [
-                    train[at]
-                    for at in batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
-                ]
-                tokens = sum(map(batching.supervised_tokens, rows))
-                loss = 0.0
-                for micro_batch in self._micro_batches(rows, padded=not summed_loss.padding_free):
-                    # Divided by the tokens of the whole step: every token weighs the same however rows are split.
-                    part = summed_loss(model, micro_batch) / tokens
-                    accelerator.backward(part)
-                    loss += part.item()
-                extra = extra_loss(accelerator.unwrap_model(model))
-                if extra is not None:
-                    accelerator.backward(extra)
-                norm = accelerator.clip_grad_norm_(trained, self.max_grad_norm)
-                _check_finite(step, loss, float(norm))
-                rate = schedule.get_last_lr()[0]
-                optimizer.step()
-                schedule.step()
-                after_step(accelerator.unwrap_model(model), step)
-                optimizer.zero_grad()
+    def _evaluates(self, step: int, steps: int) -> bool:
+        """Whether `step` is evaluated; where the best is kept, the last one is, which may be it."""
+        if not self.evaluate_every:
+            return False
+        return step % self.evaluate_every == 0 or (bool(self.keep_best) and step == steps)
 
-                if step % self.log_every == 0 or step == steps:
-                    run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": float(norm), "tokens": tokens})
-                if validate and self.evaluate_every and step % self.evaluate_every == 0:
-                    with summed_loss.paused():
-                        run.log(step, {f"validation/{name}": value for name, value in validate().items()})
-                if step % save_every == 0 and step < steps:
-                    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                    run.save(step, accelerator.unwrap_model(model), state, self.keep)
-        return TrainResult(steps=steps, metrics={"loss": loss})
-
-    def _micro_batches(self, rows: Sequence[Encoded], padded: bool) -> list[list[Encoded]]:
-        """The rows of a step by forward pass, rows of like length together."""
+    def _micro_batches(self, rows: Sequence[int], train: Sequence[Encoded], padded: bool) -> list[list[int]]:
+        """The rows of a step by forward pass, rows of like length together; all as their places in `train`."""
         auto = self.micro_batch_size == "auto"
         tokens = AUTO_MICRO_BATCH_TOKENS if auto else 2**62
-        groups = batching.chunks(batching.lengths(rows), tokens, None if auto else int(self.micro_batch_size), padded)
+        lengths = batching.lengths([train[at] for at in rows])
+        groups = batching.chunks(lengths, tokens, None if auto else int(self.micro_batch_size), padded)
         return [[rows[at] for at in group] for group in groups]
-
-    def _optimizer(self, model: nn.Module, learning_rate: float) -> Optimizer:
-        module, _, name = OPTIMIZERS[self.optimizer].partition(":")
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        make = getattr(importlib.import_module(module), name)
-        return make([group for group in groups if group["params"]], lr=learning_rate)
-
-    def _schedule(self, optimizer: Optimizer, steps: int) -> Any:
-        from transformers import get_scheduler
-
-        return get_scheduler(
-            SCHEDULES[self.schedule],
-            optimizer,
-            num_warmup_steps=round(self.warmup * steps),
-            num_training_steps=steps,
-        )
 
 
 def _shortest_and_longest(rows: Sequence[Encoded]) -> list[Encoded]:
     """Two rows that no other is shorter or longer than: what goes well with them does so with all."""
     by_length = sorted(range(len(rows)), key=batching.lengths(rows).__getitem__)
     return [rows[by_length[0]], rows[by_length[-1]]]
-
-
-def _check_finite(step: int, loss: float, norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was learned from this step. "
-            "A lower learning rate or max_grad_norm=1.0 usually helps"
-        )

@@ -1,0 +1,81 @@
+"""What a run of SFT knows of the steps it has taken, and what it says of one that it cannot learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from tunekit.core.interfaces import Encoded
+from tunekit.errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 16
+"""So many rows are named in an error."""
+WAYS_OUT = "a lower learning rate or max_grad_norm=1.0 usually helps"
+
+
+@attrs.define(kw_only=True)
+class SoFar:
+    """What a run knows of the steps it has taken; a part of its checkpoints.
+
+    Args:
+        loss: of the last step that was learned from.
+        skipped: steps that were not.
+        best_step: the step of the best evaluation; None before the first.
+        best: what was measured there.
+    """
+
+    loss: float | None = None
+    skipped: int = 0
+    best_step: int | None = None
+    best: float | None = None
+
+    def is_best(self, step: int, value: float, better: Literal["min", "max"]) -> bool:
+        """Whether `value`, measured at `step`, is better than all before; if so it is noted."""
+        if self.best is not None and not (value < self.best if better == "min" else value > self.best):
+            return False
+        self.best_step, self.best = step, value
+        return True
+
+    def metrics(self, keep_best: str | None) -> dict[str, float]:
+        """What the result says; TrainingError if no step was learned from."""
+        if self.loss is None:
+            raise TrainingError(f"all {self.skipped} steps were skipped: no loss was finite; {WAYS_OUT}")
+        found: dict[str, float] = {"loss": self.loss, "skipped_steps": self.skipped}
+        if self.best_step is not None and self.best is not None:
+            found |= {"best_step": self.best_step, f"best_{keep_best}": self.best}
+        return found
+
+
+def what_is_not_finite(
+    step: int,
+    losses: Sequence[tuple[float, Sequence[int]]],
+    norm: float,
+    train: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """The step and the rows whose loss or gradient is not finite, in words; empty if all is well.
+
+    Args:
+        step: its number.
+        losses: of each forward pass, with the places of its rows in `train`.
+        norm: of the gradient of the whole step.
+        train: all rows.
+        tokenizer: to show how the rows begin.
+    """
+    bad = [at for loss, rows in losses if not math.isfinite(loss) for at in rows]
+    if not bad and math.isfinite(norm):
+        return ""
+    rows = sorted(bad or [at for _, rows in losses for at in rows])
+    numbers = ", ".join(str(at + 1) for at in rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
+    first = repr(tokenizer.decode(list(train[rows[0]]["input_ids"][:16])))
+    value = next((loss for loss, _ in losses if not math.isfinite(loss)), norm)
+    what = "loss" if bad else "norm of the gradient"
+    return (
+        f"step {step}: the {what} is {value} on the encoded training rows {numbers}; row {rows[0] + 1} begins {first}"
+    )
