@@ -18,6 +18,7 @@ ORDER = [
     "core.table",
     "core.writing",
     "core.fields",
+    "core.secrets",
     "core.assets",
     # the contract with plugins
     "core.component",
@@ -46,6 +47,7 @@ ORDER = [
     "core.encoding",
     "core.dataset",
     # the model and what is done with it
+    "core.trust",
     "core.model",
     "core.fingerprint",
     "core.dequantize",
@@ -82,6 +84,7 @@ ORDER = [
     "core.result",
     # where all meet
     "core.pipeline",
+    "core.opening",
 ]
 """A module imports only what stands before it. A new module of the core gets its place here."""
 

@@ -18,10 +18,10 @@ from .core.interfaces import Example as Example
 from .core.interfaces import Quantizer as Quantizer
 from .core.interfaces import Trainer as Trainer
 from .core.interfaces import TrainResult as TrainResult
+from .core.opening import load as load
+from .core.opening import open_run as open_run
 from .core.peft_method import PeftMethod as PeftMethod
 from .core.pipeline import Pipeline as Pipeline
-from .core.pipeline import load as load
-from .core.pipeline import open_run as open_run
 from .core.plan import Plan as Plan
 from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins

@@ -369,6 +369,36 @@ print(sorted(name for name in sys.modules if name.startswith("fake_")))
     assert done.stdout == "[]\n['fake_working']\n"
 
 
+def test_no_plugin_runs_until_a_component_of_another_is_asked_for_or_a_run_is_observed(install, tmp_path):
+    install("fake-working")
+    script = f"""
+import sys
+sys.path.insert(0, {sys.path[0]!r})
+import tunekit as tk
+def imported():
+    print(sorted(name for name in sys.modules if name.startswith("fake_")))
+pipeline = tk.Pipeline(model=tk.TINY, data=tk.JsonLines(path=str(tk.ORDERS)), trainer=tk.SFT(max_steps=1, batch_size=1))
+pipeline.check()
+pipeline.plan()
+pipeline.save({str(tmp_path / "recipe.toml")!r})
+assert tk.load({str(tmp_path / "recipe.toml")!r}) == pipeline
+imported()
+table = pipeline.to_dict()
+tk.Pipeline.from_dict({{**table, "evaluators": [{{"use": "luck"}}]}})
+imported()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n['fake_working']\n", done.stderr
+
+
+def test_a_built_in_is_found_whatever_other_plugins_do_and_in_strict_mode_their_faults_are_told(registry_with):
+    assert registry_with("fake-raises", "fake-shadow").find("adapter", "lora") is tk.LoRA
+    registry = registry_with(TUNEKIT_STRICT_PLUGINS="1")
+    for _ in range(2):
+        with pytest.raises(tk.PluginError, match="fake-raises"):
+            registry.find("adapter", "lora")
+
+
 # More rules ----------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ PAGES = [
     "docs/data.md",
     "docs/quantization.md",
     "docs/writing-a-plugin.md",
+    "docs/security.md",
     "CONTRIBUTING.md",
 ]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "methods").glob("*.md"))

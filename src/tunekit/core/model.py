@@ -15,6 +15,7 @@ from tunekit.core.assets import resolve
 from tunekit.core.codec import Codec
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Quantizer
+from tunekit.core.trust import check_repository, reason_of
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -155,12 +156,16 @@ class Base:
     def _load(self, auto: Any, **options: Any) -> Any:
         """`from_pretrained` of one of transformers' Auto classes, from the directory if there is one, else the Hub."""
         try:
+            if not self.trust_remote_code:
+                check_repository(self._source, self.revision)
             with no_progress_bars():
                 return auto.from_pretrained(
                     self._source, revision=self.revision or "main", trust_remote_code=self.trust_remote_code, **options
                 )
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error, self._source)
             raise ConfigError(f"cannot load {self.model!r}: {reason}", "Pipeline.model") from error
 
 

@@ -15,6 +15,7 @@ from tunekit.core.component import Context
 from tunekit.core.dequantize import empty
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import label_of
+from tunekit.core.trust import check_adapter
 from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
@@ -103,13 +104,14 @@ class PeftMethod(AdapterMethod):
         from peft import PeftModel, set_peft_model_state_dict
         from safetensors.torch import load_file
 
+        check_adapter(directory, self.name)
         try:
             with _quiet():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
                 loaded = PeftModel.from_pretrained(self._shown(model), directory)
                 if _train_in_float32(loaded):  # PEFT has rounded what it put there
                     set_peft_model_state_dict(loaded, load_file(directory / "adapter_model.safetensors"))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
         _check_names(loaded, directory)
         packed.keep_dtypes(loaded)

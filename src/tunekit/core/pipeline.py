@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, checkpoint, dataset, fingerprint, recipe
+from tunekit.core import adapter_files, checkpoint, dataset, fingerprint, recipe, secrets
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
@@ -104,6 +104,7 @@ class Pipeline:
     def check(self) -> None:
         """Raise ConfigError for anything that cannot work, before any download or heavy import (no torch)."""
         self._base.check()
+        secrets.check_recipe(self.to_dict())
         context = self._context()
         if not isinstance(self.validation, DataSource) and not 0 <= self.validation < 1:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
@@ -333,21 +334,3 @@ class Pipeline:
         codec = self._codec()
         adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
         return Loaded(model=load_base(self._base, self._quantizer, codec, context), codec=codec, context=context)
-
-
-def load(path: str | Path) -> Pipeline:
-    """The pipeline in a TOML recipe; ConfigError with file, dotted path and a suggestion if it is wrong."""
-    try:
-        return Pipeline.from_dict(recipe.read(Path(path)))
-    except ConfigError as error:
-        named = error.where.startswith(str(path))
-        raise error if named else ConfigError(error.message, f"{path}: {error.where}") from None
-
-
-def open_run(directory: str | Path) -> Run:
-    """A finished run, from its directory; ConfigError if there is none."""
-    directory = Path(directory)
-    if not (directory / files.RESULT).is_file():
-        state = "is not finished" if (directory / files.RECIPE).is_file() else "is not there"
-        raise ConfigError(f"the run in {directory} {state}", "directory")
-    return load(directory / files.RECIPE)._finished(directory)

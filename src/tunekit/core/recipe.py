@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from tunekit.core import secrets
 from tunekit.core.component import Component
 from tunekit.core.fields import check_type, describe, did_you_mean, is_union, types_of
 from tunekit.core.registry import Registry
@@ -89,9 +90,10 @@ def without_format(table: Mapping[str, Any], where: str = "recipe") -> dict[str,
 
 
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """Write `table` as a TOML recipe, all of it or nothing."""
+    """Write `table` as a TOML recipe, all of it or nothing; ConfigError for one with a secret in it."""
     import tomli_w
 
+    secrets.check_recipe(table)
     replace(path, tomli_w.dumps({"tunekit": FORMAT, **table}))
 
 

@@ -1,8 +1,9 @@
 """The registry: which plugins are installed, and which component a name stands for.
 
-Discovery happens on the first lookup, never at import: the built-ins first, then the entry points of group `tunekit`,
-sorted by distribution and name. Each plugin loads in its own `try`, so one that is broken is recorded and reported, and
-the others work. One that is disabled by `TUNEKIT_DISABLE_PLUGINS` is recorded and not imported.
+Nothing is imported with tunekit. A built-in's name is looked up among the built-ins alone; the entry points of group
+`tunekit` are loaded, sorted by distribution and name, when another name is looked up, when plugins are listed, and when
+a run asks for those who observe it. Each plugin loads in its own `try`, so one that is broken is recorded and reported,
+and the others work. One that is disabled by `TUNEKIT_DISABLE_PLUGINS` is recorded and not imported.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Registry:
         self._plugins: list[Plugin] = []
         self._modules: dict[str, ModuleType] = {}
         self._offers: dict[tuple[str, str], list[Offer]] = {}
+        self._begun = False
         self._discovered = False
 
     def plugins(self) -> Plugins:
@@ -77,23 +79,23 @@ class Registry:
             PluginError: its plugin names a class that is not there or breaks the rules.
         """
         interface_of(kind)
-        self._discover()
         distribution, _, bare = name.rpartition("/")
+        if distribution in ("", PROJECT) and (own := self._built_in(kind, bare)):
+            return own.resolve()
+        self._discover()
         offers = self._offers.get((kind, bare), [])
         if distribution:
             offers = [offer for offer in offers if offer.plugin.distribution == distribution]
         if not offers:
             raise UnknownComponent(self._unknown(kind, name))
-        ours = [offer for offer in offers if offer.is_builtin]
-        if len(offers) > 1 and not ours:
+        if len(offers) > 1:
             spellings = " or ".join(repr(offer.spelling) for offer in offers)
             origins = " and ".join(offer.plugin.origin for offer in offers)
             raise AmbiguousComponent(
                 f"{origins} both offer {_article(kind)} named {bare!r}; write {spellings}, or disable one with "
                 "TUNEKIT_DISABLE_PLUGINS"
             )
-        offer = (ours or offers)[0]
-        return offer.resolve()
+        return offers[0].resolve()
 
     def register(self, component: ComponentClass) -> ComponentClass:
         """Make a class of the user's own script known by name, so that a saved recipe can be loaded there again.
@@ -117,6 +119,9 @@ class Registry:
 
     def spelling(self, component: type[Component]) -> str:
         """How a recipe names this class: its bare name, or `distribution/name` where the bare one means another."""
+        own = self._built_in(component.kind, component.name)
+        if own and own.is_of(component):
+            return component.name
         self._discover()
         offers = self._offers.get((component.kind, component.name), [])
         mine = [offer for offer in offers if offer.is_of(component)]
@@ -125,9 +130,7 @@ class Registry:
                 f"{component.__qualname__} is named {component.name!r}, which is the {component.kind} of "
                 f"{offers[0].plugin.origin}; give your class another name"
             )
-        ours = [offer for offer in offers if offer.is_builtin]
-        bare = len(offers) <= 1 or (ours and mine[0] is ours[0])
-        return component.name if bare else mine[0].spelling
+        return component.name if len(offers) <= 1 else mine[0].spelling
 
     def provenance(self, component: type[Component]) -> dict[str, str]:
         """Which component, distribution and version an artefact was made by."""
@@ -145,17 +148,32 @@ class Registry:
             "version": component.__module__,
         }
 
-    def _discover(self) -> None:
+    def _built_in(self, kind: str, name: str) -> Offer | None:
+        """The built-in of this name, for which no other plugin is imported, but in strict mode, to hear of faults."""
+        if self._environment.get("TUNEKIT_STRICT_PLUGINS") == "1":
+            self._discover()
+        self._begin()
+        return next((offer for offer in self._offers.get((kind, name), []) if offer.is_builtin), None)
+
+    def _begin(self) -> None:
+        """Load the built-ins."""
         with self._lock:
-            if self._discovered:
+            if self._begun:
                 return
-            # Begun anew after a strict error, so that the second lookup fails like the first.
             self._plugins, self._modules, self._offers = [], {}, {}
-            disabled = _names(self._environment.get("TUNEKIT_DISABLE_PLUGINS", ""))
             version = _version(PROJECT)
             for name, module in self._builtins.items():
                 plugin = Plugin(name=name, distribution=PROJECT, version=version)
-                self._admit(plugin, functools.partial(importlib.import_module, module), name in disabled)
+                self._admit(plugin, functools.partial(importlib.import_module, module), name in self._disabled)
+            self._begun = True
+
+    def _discover(self) -> None:
+        """Load the built-ins and every entry point."""
+        with self._lock:
+            if self._discovered:
+                return
+            self._begin()
+            self._begun = False  # begun anew after a strict error, so that the second lookup fails like the first
             for point in _entry_points():
                 distribution = point.dist.name if point.dist else "unknown"
                 plugin = Plugin(
@@ -163,8 +181,12 @@ class Registry:
                     distribution=distribution,
                     version=point.dist.version if point.dist else "unknown",
                 )
-                self._admit(plugin, point.load, bool({point.name, distribution, "*"} & disabled))
-            self._discovered = True
+                self._admit(plugin, point.load, bool({point.name, distribution, "*"} & self._disabled))
+            self._begun = self._discovered = True
+
+    @property
+    def _disabled(self) -> set[str]:
+        return _names(self._environment.get("TUNEKIT_DISABLE_PLUGINS", ""))
 
     def _admit(self, plugin: Plugin, load: Any, disabled: bool) -> None:
         """Load one plugin and record what became of it; its components count only if all of it is in order."""

@@ -21,6 +21,7 @@ from tunekit.core.component import Component
 from tunekit.core.lock import LOCK
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
+from tunekit.core.secrets import redacted
 from tunekit.core.writing import naming, replace
 from tunekit.errors import ConfigError, RunExists, TrainingError
 
@@ -85,7 +86,8 @@ class RunLog:
         self.observers.emit("tunekit_log", run=self, step=step, metrics=metrics)
 
     def note(self, text: str) -> None:
-        """Append a line with the time to `log.txt`."""
+        """Append a line with the time to `log.txt`, secrets taken out."""
+        text = redacted(text)
         logger.info("%s", text)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path = self.directory / LOG
@@ -185,7 +187,7 @@ def environment(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
-        "plugins": [attrs.asdict(plugin) for plugin in registry.plugins()],
+        "plugins": [{**attrs.asdict(plugin), "error": redacted(plugin.error)} for plugin in registry.plugins()],
         "components": {found["component"]: f"{found['distribution']} {found['version']}" for found in made_by},
         "device": device,
         "dtype": dtype,

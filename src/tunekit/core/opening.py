@@ -1,0 +1,51 @@
+"""Pipelines and runs from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunekit.core import recipe
+from tunekit.core import run as files
+from tunekit.core.pipeline import Pipeline
+from tunekit.core.result import Run
+from tunekit.core.trust import ALLOW
+from tunekit.errors import ConfigError
+
+
+def load(path: str | Path, *, trust_remote_code: bool = False) -> Pipeline:
+    """The pipeline in a TOML recipe.
+
+    Args:
+        path: the recipe.
+        trust_remote_code: whether a recipe that lets code in the model's repository run is taken. The file alone cannot
+            allow it, since it may be somebody else's.
+
+    Raises:
+        ConfigError: with file, dotted path and a suggestion if it is wrong.
+    """
+    try:
+        table = recipe.read(Path(path))
+        if table.get("trust_remote_code") and not trust_remote_code:
+            raise ConfigError(
+                f"lets the code in the repository of {table.get('model')!r} run; if you trust that code, say so: "
+                f"{ALLOW} to the call that reads this file",
+                "recipe.trust_remote_code",
+            )
+        return Pipeline.from_dict(table)
+    except ConfigError as error:
+        named = error.where.startswith(str(path))
+        raise error if named else ConfigError(error.message, f"{path}: {error.where}") from None
+
+
+def open_run(directory: str | Path, *, trust_remote_code: bool = False) -> Run:
+    """A finished run, from its directory; ConfigError if there is none.
+
+    Args:
+        directory: the run directory.
+        trust_remote_code: see `load`; of a run whose pipeline lets code in the model's repository run.
+    """
+    directory = Path(directory)
+    if not (directory / files.RESULT).is_file():
+        state = "is not finished" if (directory / files.RECIPE).is_file() else "is not there"
+        raise ConfigError(f"the run in {directory} {state}", "directory")
+    return load(directory / files.RECIPE, trust_remote_code=trust_remote_code)._finished(directory)
