@@ -406,19 +406,42 @@ def test_no_template_leaves_its_sandbox(base, tmp_path, sentinel, template, plac
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("name", ["data.py", "data", "data.pkl", "data.jsonl", "data.json"])
-def test_no_code_of_a_data_set_runs(base, tmp_path, sentinel, name):
+SOURCES = {
+    "json-lines": lambda path: tk.JsonLines(path=str(path)),
+    "table": lambda path: tk.Table(path=str(path)),
+    "table, named": lambda path: tk.Table(path=str(path), format="parquet"),
+    "text": lambda path: tk.TextFiles(path=str(path)),
+    "hub": lambda path: tk.Hub(id=str(path)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["data.py", "data", "data.pkl", "data.jsonl", "data.csv", "data.parquet", "data.arrow"]
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_code_of_a_data_set_runs(base, tmp_path, monkeypatch, sentinel, source, name):
+    if source == "hub":
+        pytest.importorskip("datasets")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    elif source.startswith("table"):
+        pytest.importorskip("pyarrow")
     place = tmp_path / name
     if name == "data":  # as a data set with a loading script was published
         place.mkdir()
         (place / "data.py").write_text(code(sentinel))
-        (place / "README.md").write_text(f"---\nconfigs: !!python/object/apply:os.system ['touch {sentinel}']\n---\n")
+        tag = f"!!python/object/apply:os.system ['touch {sentinel}']"
+        (place / "README.md").write_text(f"---\nconfigs: {tag}\n---\n")
+        (place / "dataset_infos.json").write_text("{}")
     elif name == "data.py":
         place.write_text(code(sentinel))
     else:
         place.write_bytes(pickle.dumps(Payload(sentinel)))
-    with pytest.raises(tk.TunekitError):
-        make(base, data=tk.JsonLines(path=str(place))).plan()
+    try:
+        make(base, data=SOURCES[source](place)).plan()
+    except tk.TunekitError:
+        pass
+    else:
+        assert source == "text", "any file is text"
     assert not sentinel.exists()
 
 
