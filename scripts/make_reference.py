@@ -38,11 +38,15 @@ def pages() -> dict[str, str]:
     """Every page by file name."""
     classes = (tk.Component, *INTERFACES.values(), tk.PeftMethod, tk.Context, tk.RunLog, tk.TrainResult)
     interfaces = [line for cls in classes for line in lower(class_page(cls))]
+    comparing = functions({"tk.compare": tk.compare, "tk.open_comparison": tk.open_comparison})
+    results = (tk.Comparison, tk.Arm, tk.ArmRun, tk.Steps, tk.Tokens)
+    comparison = ["# Comparison", "", *comparing, *(line for cls in results for line in lower(class_page(cls)))]
     hooks = {name: found for name, found in vars(hookspecs).items() if name.startswith("tunekit_")}
     made = {
         "README.md": index(),
         "pipeline.md": [*class_page(tk.Pipeline), *class_page(tk.Run)],
         "validation.md": ["# Validation", "", *functions({"tk.validate": tk.validate}), *lower(class_page(tk.Report))],
+        "comparison.md": comparison,
         "interfaces.md": ["# The interfaces of plugins", "", *interfaces],
         "hooks.md": ["# Hooks", "", prose(hookspecs), "", *functions(hooks)],
         **{file: component_page(cls) for file, cls in BUILTINS.items()},
@@ -55,8 +59,13 @@ def index() -> list[str]:
     lines = ["# Reference", "", "| component | kind | recipe name | what it is |", "|---|---|---|---|"]
     for file, cls in BUILTINS.items():
         lines.append(f"| [`tk.{cls.__name__}`]({file}) | {cls.kind} | `{cls.name}` | {summary(cls)} |")
-    lines += ["", "Also: [the pipeline and its runs](pipeline.md), [validation](validation.md), [the interfaces"]
-    lines += ["of plugins](interfaces.md), [the hooks](hooks.md).", "", "| other public names | |", "|---|---|"]
+    lines += ["", "Also: [the pipeline and its runs](pipeline.md), [validation](validation.md),"]
+    lines += [
+        "[comparison](comparison.md), [the interfaces of plugins](interfaces.md), [the hooks](hooks.md).",
+        "",
+        "| other public names | |",
+        "|---|---|",
+    ]
     others = {name: getattr(tk, name) for name in dir(tk) if getattr(tk, name) not in BUILTINS.values()}
     lines += [f"| `tk.{name}` | {summary(found)} |" for name, found in others.items() if is_ours(found)]
     return lines

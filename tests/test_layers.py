@@ -19,6 +19,8 @@ ORDER = [
     "core.writing",
     "core.fields",
     "core.secrets",
+    "core.intervals",
+    "core.plots",
     "core.assets",
     # the contract with plugins
     "core.component",
@@ -42,6 +44,7 @@ ORDER = [
     "core.tokens",
     "core.codec",
     "core.batching",
+    "core.budget",
     "core.encoded_rows",
     "core.cache",
     "core.encoding",
@@ -77,6 +80,7 @@ ORDER = [
     "core.signals",
     "core.run",
     "core.resume",
+    "core.gauge",
     "core.adapter_files",
     "core.plan",
     "core.model_card",
@@ -85,6 +89,10 @@ ORDER = [
     # where all meet
     "core.pipeline",
     "core.opening",
+    # several runs
+    "core.comparison",
+    "core.arms",
+    "core.compare",
 ]
 """A module imports only what stands before it. A new module of the core gets its place here."""
 

@@ -2,10 +2,17 @@
 
 from .core.assets import ORDERS as ORDERS
 from .core.assets import TINY as TINY
+from .core.budget import Steps as Steps
+from .core.budget import Tokens as Tokens
 from .core.cache import CacheEntry as CacheEntry
 from .core.cache import CacheInfo as CacheInfo
 from .core.cache import cache_info as cache_info
 from .core.codec import Codec as Codec
+from .core.compare import compare as compare
+from .core.comparison import Arm as Arm
+from .core.comparison import ArmRun as ArmRun
+from .core.comparison import Comparison as Comparison
+from .core.comparison import open_comparison as open_comparison
 from .core.component import Component as Component
 from .core.component import Context as Context
 from .core.hookspecs import Lazy as Lazy

@@ -6,15 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from tunekit.core import plots
 from tunekit.core import run as files
 from tunekit.core.codec import Message
 from tunekit.core.evaluation import generate
 from tunekit.core.export import Parts, export
+from tunekit.core.fields import did_you_mean
 from tunekit.core.model import Loaded
 from tunekit.core.table import table
 from tunekit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Run:
@@ -53,6 +58,19 @@ class Run:
     def history(self) -> Sequence[Mapping[str, float]]:
         """What was logged, one mapping a log call, each with its "step"."""
         return files.history(self.directory)
+
+    def plot(self, metric: str = "loss") -> Figure:
+        """What was logged of a metric over the steps, as a matplotlib figure: `run.plot("loss").savefig("loss.png")`.
+
+        Args:
+            metric: a name in `history`: "loss", "learning_rate", "grad_norm", "validation/perplexity".
+
+        Raises ConfigError for a name that was not logged, and without matplotlib.
+        """
+        logged = {name for line in self.history for name in line} - {"step"}
+        if metric not in logged:
+            raise ConfigError(f"{metric!r} was not logged{did_you_mean(metric, logged)}", "Run.plot")
+        return plots.curve(self.history, metric)
 
     def generate(self, prompt: str | Sequence[Message], *, max_new_tokens: int = 128, tuned: bool = True) -> str:
         """The model's greedy answer, asked through the same template as in training.

@@ -1,0 +1,93 @@
+"""Figures by matplotlib: a curve over steps, and quality against cost."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from tunekit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@attrs.frozen
+class Point:
+    """A method in a plot of quality against cost.
+
+    Args:
+        name: in the legend.
+        cost: where it is from left to right.
+        quality: where it is from bottom to top.
+        error: how far its quality may be off, either way; None where that is not known.
+    """
+
+    name: str
+    cost: float
+    quality: float
+    error: float | None = None
+
+
+def curve(history: Sequence[Mapping[str, float]], metric: str) -> Figure:
+    """A metric over optimizer steps; lines of the history without it are passed over."""
+    figure, axes = _figure("step", metric)
+    lines = [line for line in history if metric in line]
+    axes.plot([line["step"] for line in lines], [line[metric] for line in lines], marker="." if len(lines) < 50 else "")
+    return figure
+
+
+def against(
+    points: Sequence[Point],
+    axis_names: tuple[str, str],
+    better: tuple[Literal["min", "max"], Literal["min", "max"]],
+    base: float | None = None,
+) -> Figure:
+    """Quality against cost, with the Pareto front: those that no other is better than in one and as good in the other.
+
+    Args:
+        points: the methods.
+        axis_names: of cost and quality.
+        better: the better direction of each.
+        base: the quality without training, a line across; None for none.
+    """
+    figure, axes = _figure(*axis_names)
+    for point in points:
+        axes.errorbar([point.cost], [point.quality], yerr=point.error, fmt="o", capsize=3, label=point.name)
+    front = pareto(points, better)
+    axes.plot([point.cost for point in front], [point.quality for point in front], "--", color="grey", zorder=0)
+    if base is not None:
+        axes.axhline(base, linestyle=":", color="grey", zorder=0, label="base")
+    costs = [point.cost for point in points]
+    if costs and min(costs) > 0 and max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+    figure.legend(loc="outside lower center", ncols=2)  # names beside the points would cover each other
+    return figure
+
+
+def pareto(points: Sequence[Point], better: tuple[str, str]) -> list[Point]:
+    """Those points than which no other is better in one and as good in the other, from the least cost on."""
+    signs = [1 if direction == "min" else -1 for direction in better]
+    keys = {id(point): (signs[0] * point.cost, signs[1] * point.quality) for point in points}
+
+    def beaten(mine: tuple[float, float]) -> bool:
+        return any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in keys.values())
+
+    return sorted((point for point in points if not beaten(keys[id(point)])), key=lambda point: point.cost)
+
+
+def _figure(horizontal: str, vertical: str) -> tuple[Figure, Axes]:
+    """An empty figure of its own: without pyplot there is no backend to choose and nothing to close."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install tunekit[plots]")
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(horizontal.replace("_", " "))
+    axes.set_ylabel(vertical.replace("_", " "))
+    axes.grid(alpha=0.3)
+    return figure, axes
