@@ -64,7 +64,7 @@ ERRORS = [
     ({"seed": 0.5}, "recipe.seed: expected int, got float 0.5"),
     ({"dtype": "float64"}, "recipe.dtype: expected 'float32' or 'bfloat16' or 'float16' or None, got str 'float64'"),
     ({"data": {"use": "json-lines"}}, "recipe.data.path: missing; it is required and of type str"),
-    ({"data": {"use": "json-lines", "path": 5}}, "recipe.data.path: expected str, got int 5"),
+    ({"data": {"use": "json-lines", "path": 5}}, "recipe.data.path: expected str or tuple of str, got int 5"),
     ({"data": {**DATA, "columns": {"text": 5}}}, "recipe.data.columns: expected Mapping[str, str] or None"),
     ({"trainer": {"use": "sft", "learning_rate": "2e-4"}}, "recipe.trainer.learning_rate: expected float or None, got str '2e-4'"),
 ]  # fmt: skip

@@ -53,6 +53,10 @@ class Words(DataSource):
         }
         yield rows.get(self.fault, {"text": "two"})
 
+    def examine(self, split):
+        for place, row in super().examine(split):
+            yield ("" if self.fault == "no place" else place), ({"text": "three"} if self.fault == "other" else row)
+
 
 @attrs.frozen(kw_only=True)
 class Thawed(Words):

@@ -33,6 +33,8 @@ FAULTS = [
     (broken.Words, "no train", "names_its_splits", '"train" must be one of them'),
     (broken.Words, "any split", "refuses_unknown_splits", "raise ConfigError"),
     (broken.Words, "no rows", "repeats_itself", "raise DataError if there are none"),
+    (broken.Words, "no place", "examines_what_it_loads", "yield `file:line` or `row N`"),
+    (broken.Words, "other", "examines_what_it_loads", "let one of them call the other"),
     (broken.Words, "new rows", "repeats_itself", "begin anew on every call"),
     (broken.Words, "columns", "yields_examples", "to_example"),
     (broken.Words, "tokens", "yields_examples", "yield a str"),

@@ -13,7 +13,7 @@ from tunekit.testing.harness import ROWS
 REGISTRY = default_registry()
 METHODS = {name: REGISTRY.find("adapter", name) for name in REGISTRY.names("adapter") if name != "qlora"}
 PEFT = {name: cls for name, cls in METHODS.items() if issubclass(cls, tk.PeftMethod)}
-FIELDS = {"peft": {"type": "BOFT", "options": {"target_modules": ["q_proj"], "boft_block_size": 4}}}
+FIELDS = {"peft": {"type": "VERA", "options": {"target_modules": ["q_proj"], "r": 4}}}
 
 
 def dtypes(model):
