@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --steps 5 --repeats 3 --out benchmarks/results/speed.json
 
-Every arm trains LoRA on a model of random weights in the shape of SmolLM2-135M, with the same initial adapter, rows, order
-and optimizer. Rows have the lengths of GSM8K's: a question that carries no loss and an answer that does. Arms run in
+Every arm trains LoRA on a model of random weights in the shape of SmolLM2-135M, with the same initial adapter, rows,
+order and optimizer. Rows have the lengths of GSM8K's: a question that carries no loss and an answer that does. Arms run in
 processes of their own, in turn, so that what else the machine does falls on all of them. Compared are ratios within one
 run; the loss of the first step must be the same in all.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 SHAPES = {
@@ -168,7 +169,7 @@ def one(arm, shape, steps):
         times, losses = by_tunekit(shape, steps, levers=arm == "tunekit")
     else:
         times, losses = by_transformers(shape, steps)
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(times)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"arm": arm, "seconds": seconds, "losses": losses, "peak_mib": peak}))
 
