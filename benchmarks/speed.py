@@ -3,9 +3,9 @@
     python benchmarks/speed.py --steps 5 --repeats 3 --out benchmarks/results/speed.json
 
 Every arm trains LoRA on a model of random weights in the shape of SmolLM2-135M, with the same initial adapter, rows,
-order and optimizer. Rows have the lengths of GSM8K's: a question that carries no loss and an answer that does. Arms run in
-processes of their own, in turn, so that what else the machine does falls on all of them. Compared are ratios within one
-run; the loss of the first step must be the same in all.
+order and optimizer. Rows have the lengths of GSM8K's: a question that carries no loss and an answer that does. Arms run
+in processes of their own, in turn, so that what else the machine does falls on all of them. Compared are ratios within
+one run; the loss of the first step must be the same in all.
 """
 
 import argparse
