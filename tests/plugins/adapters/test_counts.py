@@ -250,7 +250,53 @@ COMPUTED = {
 }
 """As PEFT 0.21.2 prints them with its defaults, for the five models below."""
 FIVE = (LLAMA_2_7B, LLAMA_3_8B, MISTRAL_1, QWEN_HALF, QWEN_7B)
+
+
+def llama(vocab, hidden, feed_forward, layers, heads, key_heads, **more):
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        **more,
+    }
+
+
+TIED = {"tie_word_embeddings": True}
+GATED_T5_LARGE = {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16, "feed_forward_proj": "gated-gelu"}
 TOTALS = {
+    "Llama-2-13B": (("Llama", llama(32000, 5120, 13824, 40, 40, 40)), 13_015_864_320),
+    "Llama-2-70B": (("Llama", llama(32000, 8192, 28672, 80, 64, 8)), 68_976_648_192),
+    "Llama-3.2-1B": (("Llama", llama(128256, 2048, 8192, 16, 32, 8, head_dim=64, **TIED)), 1_235_814_400),
+    "Llama-3.2-3B": (("Llama", llama(128256, 3072, 8192, 28, 24, 8, head_dim=128, **TIED)), 3_212_749_824),
+    "TinyLlama-1.1B": (("Llama", llama(32000, 2048, 5632, 22, 32, 4)), 1_100_048_384),
+    "Qwen2.5-1.5B": (("Qwen2", llama(151936, 1536, 8960, 28, 12, 2, **TIED)), 1_543_714_304),
+    "Qwen3-14B": (("Qwen3", llama(151936, 5120, 17408, 40, 40, 8, head_dim=128)), 14_768_307_200),
+    "gemma-2-2b": (("Gemma2", llama(256000, 2304, 9216, 26, 8, 4, head_dim=256)), 2_614_341_888),
+    "phi-2": (("Phi", llama(51200, 2560, 10240, 32, 32, 32)), 2_779_683_840),
+    "GPT-2 M": (("GPT2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}), 354_823_168),
+    "GPT-2 L": (("GPT2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}), 774_030_080),
+    "GPT-2 XL": (("GPT2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}), 1_557_611_200),
+    "opt-6.7b": (
+        (
+            "OPT",
+            {
+                "hidden_size": 4096,
+                "ffn_dim": 16384,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "word_embed_proj_dim": 4096,
+                "vocab_size": 50272,
+            },
+        ),
+        6_658_473_984,
+    ),
+    "T5-base": (("T5", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}), 222_903_552),
+    "RoBERTa-base, 2 labels": (ROBERTA, 124_647_170),
+    "RoBERTa-large, 2 labels": ((ROBERTA[0], {**ROBERTA[1], **ROBERTA_LARGE[1]}), 355_361_794),
+    "flan-t5-large": (("T5", {**GATED_T5_LARGE, "vocab_size": 32128}), 750_251_008),
     "Llama-2-7B": (LLAMA_2_7B, 6_738_415_616),
     "Llama-3-8B": (LLAMA_3_8B, 8_030_261_248),
     "Mistral-7B v0.1": (MISTRAL_1, 7_241_732_096),
