@@ -138,7 +138,7 @@ T0_11B = (
     {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
 )
 TASKS = {
-    "Roberta": "MaskedLM",
+    "Roberta": "SequenceClassification",
     "DebertaV2": "MaskedLM",
     "ViT": "ImageClassification",
     "Bert": "SequenceClassification",
