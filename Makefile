@@ -1,5 +1,6 @@
 # make demo   install, then fine-tune the embedded model on the embedded data (examples/quickstart.py)
 # make fuzz   feed spoilt files to the JSON Lines reader for 60 seconds (SEED=1 for others)
+# make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: demo test lint format fuzz clean
+.PHONY: audit demo test lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -27,6 +28,9 @@ format: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz_json_lines.py --seconds 60 --seed $(or $(SEED),0) \
 		$(if $(wildcard ../shared/data/malformed),--corpus ../shared/data/malformed)
+
+audit:
+	$(PYTHON) scripts/audit.py
 
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
