@@ -87,6 +87,8 @@ ORDER = [
     "core.export",
     "core.result",
     # where all meet
+    "core.verification",
+    "core.verify",
     "core.pipeline",
     "core.opening",
     # several runs

@@ -42,6 +42,8 @@ from .core.run import RunLog as RunLog
 from .core.schemas import from_example as from_example
 from .core.schemas import to_example as to_example
 from .core.validation import validate as validate
+from .core.verification import Verification as Verification
+from .core.verification import VerifiedLine as VerifiedLine
 from .errors import AmbiguousComponent as AmbiguousComponent
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

@@ -23,7 +23,7 @@ from tunekit.core.writing import flush
 from tunekit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 MANIFEST = "checkpoint.json"
 PARAMETERS = "parameters.safetensors"
@@ -69,14 +69,16 @@ def trained_parameters(model: nn.Module) -> dict[str, Any]:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """A sum over the bits of each trained parameter: equal ones did not move, down to the last bit."""
+    """The checksum of each trained parameter: equal ones did not move."""
+    return {name: checksum(value) for name, value in trained_parameters(model).items()}
+
+
+def checksum(value: Tensor) -> int:
+    """A sum over the bits of a tensor, which a change of any number changes, but for rare ones that cancel out."""
     import torch
 
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return {
-        name: int(value.detach().contiguous().view(whole[value.element_size()]).sum(dtype=torch.int64))
-        for name, value in trained_parameters(model).items()
-    }
+    return int(value.detach().contiguous().view(whole[value.element_size()]).sum(dtype=torch.int64))
 
 
 def check_moved(model: nn.Module, before: Mapping[str, int]) -> None:

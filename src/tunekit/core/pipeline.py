@@ -30,6 +30,8 @@ from tunekit.core.result import Run
 from tunekit.core.resume import Facts, Opened, Resume, opened
 from tunekit.core.run import RunLog
 from tunekit.core.validation import validate
+from tunekit.core.verification import Verification, shortened, some_rows
+from tunekit.core.verify import Bench
 from tunekit.core.writing import naming
 from tunekit.errors import ConfigError
 
@@ -161,6 +163,21 @@ class Pipeline:
             memory=standing_memory(trained, 4 if dtype == "float32" else 2, quantized=self._quantizer is not None),
             changed=data.changed,
         )
+
+    def verify(self) -> Verification:
+        """Whether the numerics are right on this model, method and data: a few rows, a few steps, nothing is kept.
+
+        Compared are a step in one pass and in several, training with padding and without, the loss in chunks and whole,
+        the method's start and its base, what was saved and what is loaded, merged and live, resumed and uninterrupted.
+        """
+        self.check()
+        codec, trainer, device = self._codec(), shortened(self.trainer), choose_device(self.device)
+        room = context_length(self._base.config())
+        rows = some_rows(self.data, trainer, codec, room and room - self.adapter.extra_tokens())
+        context = self._context(device=device, steps=trainer.planned_steps(len(rows)))
+        load = partial(load_base, self._base, self._quantizer, codec, context)
+        parts: dict[str, Any] = {"adapter": self.adapter, "quantizer": self._quantizer, "trainer": trainer}
+        return Bench(**parts, codec=codec, rows=rows, context=context, load=load).verification()
 
     # Doing it ---------------------------------------------------------------------------------------------------------
 
