@@ -2,19 +2,23 @@
 # make fuzz   feed spoilt files to the JSON Lines reader for 60 seconds (SEED=1 for others)
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
+# make soak   kill a run 200 times at random moments; each time it must go on to the same end (docs/reliability.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit demo test lint format fuzz clean
+.PHONY: audit demo test soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+soak: $(VENV)/.test
+	$(BIN)/python scripts/soak.py --kills 200
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
@@ -83,6 +84,21 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, dead):
     write(tmp_path, pid=dead)
     with lock.held(tmp_path) as note:
         assert f"took over the lock of process {dead} on {platform.node()}" in note
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no process that has ended for its parent to look at")
+def test_a_process_that_ended_and_was_not_waited_for_is_gone(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    write(tmp_path, pid=child.pid, started=psutil.Process(child.pid).create_time())
+    with pytest.raises(RunExists), lock.held(tmp_path):
+        pass
+    child.kill()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with lock.held(tmp_path) as note:
+        assert "took over" in note
+    child.wait()
+    child.stdin.close()
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path):

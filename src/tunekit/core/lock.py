@@ -47,7 +47,10 @@ class Owner:
         if self.host != platform.node():
             return False
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started) > 2)  # the clock may be set
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True  # it ended, and its parent has not looked yet
+            return bool(abs(process.create_time() - self.started) > 2)  # the clock may be set
         except psutil.NoSuchProcess:
             return True
         except psutil.Error:
