@@ -36,7 +36,16 @@ REQUIRED: dict[str, dict[str, Any]] = {
 
 def pages() -> dict[str, str]:
     """Every page by file name."""
-    classes = (tk.Component, *INTERFACES.values(), tk.PeftMethod, tk.Context, tk.RunLog, tk.TrainResult)
+    classes = (
+        tk.Component,
+        *INTERFACES.values(),
+        tk.Measured,
+        tk.AnswerEvaluator,
+        tk.PeftMethod,
+        tk.Context,
+        tk.RunLog,
+        tk.TrainResult,
+    )
     interfaces = [line for cls in classes for line in lower(class_page(cls))]
     comparing = functions({"tk.compare": tk.compare, "tk.open_comparison": tk.open_comparison})
     results = (tk.Comparison, tk.Arm, tk.ArmRun, tk.Steps, tk.Tokens)

@@ -1,5 +1,7 @@
 """The public names of tunekit and where each lives: the one list, for type checkers and for `__init__.py` alike."""
 
+from .core.answers import Answer as Answer
+from .core.answers import AnswerEvaluator as AnswerEvaluator
 from .core.assets import ORDERS as ORDERS
 from .core.assets import TINY as TINY
 from .core.budget import Steps as Steps
@@ -22,6 +24,7 @@ from .core.interfaces import DataSource as DataSource
 from .core.interfaces import Encoded as Encoded
 from .core.interfaces import Evaluator as Evaluator
 from .core.interfaces import Example as Example
+from .core.interfaces import Measured as Measured
 from .core.interfaces import Quantizer as Quantizer
 from .core.interfaces import Trainer as Trainer
 from .core.interfaces import TrainResult as TrainResult
@@ -68,6 +71,7 @@ from .plugins.adapters.peft import Peft as Peft
 from .plugins.adapters.prefix_tuning import PrefixTuning as PrefixTuning
 from .plugins.adapters.prompt_tuning import PromptTuning as PromptTuning
 from .plugins.adapters.qlora import QLoRA as QLoRA
+from .plugins.evaluators.classification import Classification as Classification
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunekit import Context, DataError, ExactMatch, Perplexity, TokenAccuracy, TrainingError
-from tunekit.core import evaluation
+from tunekit.core import evaluation, measuring
 from tunekit.core.codec import IGNORED, Codec
 from tunekit.core.evaluation import evaluating, generate
 from tunekit.testing import tiny_model, tiny_tokenizer
@@ -118,14 +118,14 @@ def test_exact_match_counts_answers_that_are_the_reference(model, tokenizer, row
 def test_exact_match_of_plain_texts_is_refused(tokenizer):
     row = Codec(tokenizer).encode({"text": "once"})
     with pytest.raises(DataError, match="needs rows with a prompt"):
-        ExactMatch().check_data([row])
+        ExactMatch().check_data(tokenizer, [row], CONTEXT)
 
 
 def test_a_metric_that_is_not_finite_is_refused(tokenizer, rows):
     broken = tiny_model()
     broken.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="on the validation rows is nan"):
-        evaluation.measure([Perplexity()], broken, tokenizer, rows, CONTEXT)
+        measuring.measure([Perplexity()], broken, tokenizer, rows, CONTEXT)
 
 
 def test_every_module_returns_to_the_mode_it_was_in():

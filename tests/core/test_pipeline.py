@@ -51,7 +51,7 @@ def finished(tiny_directory, tmp_path_factory):
         ({"validation": 1.0}, r"Pipeline.validation: a share must be in \[0, 1\)"),
         ({"dtype": "float16", "device": "cpu"}, "Pipeline.dtype: float16 does not train on the CPU"),
         ({"device": "gpu"}, "Pipeline.device: must be 'cpu', 'cuda' or 'cuda:1', got 'gpu'"),
-        ({"evaluators": (tk.Perplexity(), tk.Perplexity())}, "two evaluators return 'nll'"),
+        ({"evaluators": (tk.Perplexity(), tk.Perplexity())}, "two evaluators return 'bits_per_byte'"),
     ],
 )
 def test_what_cannot_work_is_refused_by_check_with_one_clear_error(tiny_directory, changes, problem):
@@ -255,7 +255,7 @@ def test_the_base_is_measured_before_training_by_the_same_code(finished, tiny_di
     assert untrained.base_metrics == run.base_metrics
     assert untrained.metrics == untrained.base_metrics
     assert run.metrics["perplexity"] < run.base_metrics["perplexity"]
-    assert set(run.metrics) == {"perplexity", "nll", "token_accuracy", "exact_match"}
+    assert set(run.metrics) == {"perplexity", "nll", "bits_per_byte", "token_accuracy", "exact_match"}
 
 
 def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit_for_bit(tiny_directory, tmp_path):

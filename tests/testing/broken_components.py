@@ -389,6 +389,12 @@ class Surprise(Evaluator):
             value = float("nan")
         if self.fault == "direction":
             value = -value
+        if self.fault == "not JSON":
+            return Measured({"surprise": value}, details={"losses": losses})
+        if self.fault == "scores of tokens":
+            return Measured({"surprise": value}, scores={"surprise": [value, value + 1]})
+        if self.fault == "unknown scores":
+            return Measured({"surprise": value}, scores={"other": [value]})
         return {
             "other" if self.fault == "another name" else "surprise": losses.mean() if self.fault == "tensor" else value
         }

@@ -44,7 +44,7 @@ TRAINERS = (
         arguments={"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     ),
 )
-EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=12))
+EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=12), tk.Classification())
 
 
 @parametrize(*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)

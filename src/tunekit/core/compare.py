@@ -17,7 +17,7 @@ from tunekit.core.budget import Budget, Steps, Tokens, tokens_of_steps
 from tunekit.core.codec import Codec
 from tunekit.core.comparison import Arm, ArmRun, Comparison, run_directory
 from tunekit.core.component import Context
-from tunekit.core.evaluation import check_names
+from tunekit.core.measuring import check_names
 from tunekit.core.gauge import MEASURED, Gauge
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import Base, choose_device, context_length

@@ -30,6 +30,8 @@ class Context:
         total_steps: planned optimizer steps; 0 while unknown (no data read yet).
         learning_rate: the adapter method's own, for a trainer whose user leaves it open.
         better: the metrics that the evaluators return, and which direction is better.
+        template: the chat template that the user gave; None for the model's own.
+        base_metrics: the evaluators' metrics of the base model; None until it is measured.
         run_directory: where the run writes; None outside of a run.
     """
 
@@ -44,6 +46,8 @@ class Context:
     total_steps: int = 0
     learning_rate: float = 2e-4
     better: Mapping[str, Literal["min", "max"]] = attrs.field(factory=dict)
+    template: str | None = None
+    base_metrics: Mapping[str, float] | None = None
     run_directory: Path | None = None
 
 

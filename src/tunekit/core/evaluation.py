@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tunekit.core.batching import chunks, collate, lengths
 from tunekit.core.codec import IGNORED
-from tunekit.core.component import Context
-from tunekit.core.interfaces import Encoded, Evaluator
-from tunekit.errors import ConfigError, TrainingError
+from tunekit.core.interfaces import Encoded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,33 +33,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_names(evaluators: Iterable[Evaluator]) -> None:
-    """Raise ConfigError if two evaluators return a metric of the same name."""
-    names = [name for evaluator in evaluators for name in evaluator.better]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
-
-
-def measure(
-    evaluators: Iterable[Evaluator],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Encoded],
-    context: Context,
-) -> dict[str, float]:
-    """All metrics of all evaluators on `rows`; none without rows. TrainingError for one that is not finite."""
-    metrics: dict[str, float] = {}
-    if rows:
-        with evaluating(model):
-            for evaluator in evaluators:
-                metrics |= evaluator.evaluate(model, tokenizer, rows, context)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"{name} on the validation rows is {value}: the model's output is broken")
-    return metrics
-
-
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills up short rows: the pad token, else the end token; it is masked, so its value never matters."""
     found = tokenizer.pad_token_id
@@ -76,13 +46,55 @@ def predictions(
 
     Call it inside `evaluating(model)`. The loss that a model reports is never used: some methods add terms to it.
     """
+    for _, logits, labels in row_predictions(model, tokenizer, rows):
+        yield logits, labels
+
+
+def row_predictions(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What `predictions` yields, and before it the number of each token's row in `rows`, shape (tokens,)."""
+    import torch
+
     device = str(next(model.parameters()).device)
     for group in chunks(lengths(rows), BATCH_TOKENS):
         batch = collate([rows[at] for at in group], pad_id(tokenizer), device)
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
         supervised = labels != IGNORED
-        yield logits[supervised].float(), labels[supervised]
+        numbers = torch.tensor(group, device=device)[:, None].expand_as(labels)
+        yield numbers[supervised], logits[supervised].float(), labels[supervised]
+
+
+def row_losses(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
+) -> tuple[list[float], list[int]]:
+    """The negative log-likelihood of each row's supervised tokens in nats, summed, and how many these are."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    tokens = torch.zeros(len(rows), dtype=torch.long)
+    with evaluating(model):
+        for numbers, logits, labels in row_predictions(model, tokenizer, rows):
+            at = numbers.cpu()  # on a GPU, sums of this kind come in no fixed order
+            nats.index_add_(0, at, cross_entropy(logits, labels, reduction="none").double().cpu())
+            tokens.index_add_(0, at, torch.ones_like(at))
+    return nats.tolist(), tokens.tolist()
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> int:
+    """Bytes in UTF-8 of the text of a row's supervised tokens; special tokens, as an end token, have none."""
+    ids, labels = list(row["input_ids"]), [IGNORED, *row["labels"][1:]]  # nothing predicts the first token
+    borders = [at for at in range(1, len(ids)) if (labels[at] == IGNORED) != (labels[at - 1] == IGNORED)]
+
+    def before(end: int) -> int:
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode(errors="replace"))
+
+    # With what stands before: on its own, some tokenizers decode a text without the blank it begins with.
+    ends = [*borders, len(ids)] if len(borders) % 2 else borders
+    return sum(before(end) - before(start) for start, end in zip(ends[::2], ends[1::2], strict=True))
 
 
 def generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
@@ -225,6 +226,31 @@ class Trainer(Component):
         """
 
 
+class Measured(dict[str, float]):
+    """Metrics with what stands behind them: for an evaluator to return that has more to say than numbers.
+
+    A plain mapping of metrics wherever one is expected; the rest is kept in `evaluations/` of the run directory.
+
+    Args:
+        metrics: one finite number for each name in `better`.
+        scores: for each metric that is a mean over rows, the score of each row, in the order of the rows: intervals and
+            paired tests are made of them.
+        weights: for each such metric whose mean is weighted, the weight of each row (its tokens, for instance).
+        details: JSON values by name, such as a confusion matrix or answers.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        scores: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        weights: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        details: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(metrics)
+        self.scores, self.weights, self.details = dict(scores), dict(weights), dict(details)
+
+
 class Evaluator(Component):
     """A measure of a model on held-out rows."""
 
@@ -232,14 +258,14 @@ class Evaluator(Component):
     better: ClassVar[Mapping[str, Literal["min", "max"]]]
     """Every metric that `evaluate` returns, and which direction is better."""
 
-    def check_data(self, data: Sequence[Encoded]) -> None:
+    def check_data(self, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context) -> None:
         """Raise DataError if these rows cannot be measured; called before any weights are loaded. Default: all can."""
 
     @abstractmethod
     def evaluate(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context
     ) -> Mapping[str, float]:
-        """Measure `model` on encoded rows; finite numbers, one for each name in `better`.
+        """Measure `model` on encoded rows; finite numbers, one for each name in `better`, best as `Measured`.
 
         Leaves the model's parameters, gradients and mode, and all random states, as they were.
         """

@@ -16,10 +16,10 @@ from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.dequantize import dequantize
-from tunekit.core.evaluation import check_names, measure
 from tunekit.core.export import Parts
 from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
+from tunekit.core.measuring import Measuring, check_names, check_rows
 from tunekit.core.model import Base, Loaded, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
 from tunekit.core.plan import Plan, count_parameters, standing_memory
@@ -223,9 +223,9 @@ class Pipeline:
 
         began = time.monotonic()
         base = load_base(self._base, self._quantizer, codec, context)
-        evaluate = partial(measure, self.evaluators, tokenizer=codec.tokenizer, rows=data.validation, context=context)
+        measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context)
         if not log.resumed:
-            found.start(evaluate(base))
+            found.start(measuring.measure(base, "base"))
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
@@ -242,9 +242,9 @@ class Pipeline:
             model,
             codec.tokenizer,
             data.train,
-            after_step=self.adapter.after_step,
+            after_step=measuring.counting(self.adapter.after_step),
             extra_loss=self.adapter.extra_loss,
-            validate=partial(evaluate, model) if data.validation else None,
+            validate=partial(measuring.measure, model) if data.validation else None,
             run=log,
             context=context,
         )
@@ -252,14 +252,14 @@ class Pipeline:
         checkpoint.check_moved(model, before)
         with naming(log.directory / files.ADAPTER, files.RESUMABLE):
             adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, found.facts.base, codec)
-        metrics = evaluate(model)
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
         plain = self.adapter.attach(self._base.empty(), context) if self._quantizer else model
         trainable, total = count_parameters(plain)
         started = files.read_json(log.directory / files.START)
         result = {
-            "metrics": metrics,
+            "metrics": measuring.measure(model, "tuned"),
             "base_metrics": started["base_metrics"],
+            "intervals": measuring.intervals(),
             "training": {"steps": trained.steps, **trained.metrics},
             "rows": {"train": len(data.train), "validation": len(data.validation), "changed": data.changed},
             "tokens": {"train": data.tokens, "supervised": data.supervised_tokens},
@@ -302,6 +302,7 @@ class Pipeline:
             total_steps=steps,
             learning_rate=self.adapter.learning_rate,
             better={name: way for evaluator in self.evaluators for name, way in evaluator.better.items()},
+            template=self.template,
             run_directory=directory,
         )
 
@@ -310,8 +311,7 @@ class Pipeline:
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
         data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, self.adapter)
-        for evaluator in self.evaluators if data.validation else ():
-            evaluator.check_data(data.validation)
+        check_rows(self.evaluators, codec.tokenizer, data.validation, self._context())
         return data
 
     def _facts(self, codec: Codec, data: dataset.Data, context: Context) -> Facts:

@@ -71,6 +71,15 @@ class Run:
         if metric not in logged:
             raise ConfigError(f"{metric!r} was not logged{did_you_mean(metric, logged)}", "Run.plot")
         return plots.curve(self.history, metric)
+    @cached_property
+    def evaluations(self) -> Mapping[str, Mapping[str, Any]]:
+        """What stands behind the metrics, by evaluation: "base", "step-000040", ..., "tuned".
+
+        Each has `metrics`, `scores` (of each held-out row, by metric), `weights` of these scores, and `details` by
+        evaluator: a confusion matrix, answers.
+        """
+        found = sorted((self.directory / files.EVALUATIONS).glob("*.json"))
+        return {path.stem: files.read_json(path) for path in found}
 
     def generate(self, prompt: str | Sequence[Message], *, max_new_tokens: int = 128, tuned: bool = True) -> str:
         """The model's greedy answer, asked through the same template as in training.

@@ -35,6 +35,7 @@ RESULT = "result.json"
 START = "start.json"
 LOG = "log.txt"
 ADAPTER = "adapter"
+EVALUATIONS = "evaluations"
 CHECKPOINTS = "checkpoints"
 
 RESUMABLE = "Checkpoints that are there are as they were: once the disk can be written, go on with resume=True"

@@ -38,6 +38,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("evaluator", "perplexity", "tunekit.plugins.evaluators.perplexity:Perplexity"),
     Lazy("evaluator", "exact-match", "tunekit.plugins.evaluators.exact_match:ExactMatch"),
     Lazy("evaluator", "token-accuracy", "tunekit.plugins.evaluators.token_accuracy:TokenAccuracy"),
+    Lazy("evaluator", "classification", "tunekit.plugins.evaluators.classification:Classification"),
 )
 """Every built-in; the class behind `module:Class` is `tunekit.Class`."""
 

@@ -11,7 +11,7 @@ import tunekit as tk
 from tunekit.core.assets import resolve
 from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.dequantize import dequantize
-from tunekit.core.evaluation import measure
+from tunekit.core.measuring import measure
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import Harness, quantized
 from tunekit.testing.training import cross_entropy, logits

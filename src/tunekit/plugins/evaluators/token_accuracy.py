@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.evaluation import evaluating, predictions
-from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.evaluation import evaluating, row_predictions
+from tunekit.core.interfaces import Encoded, Evaluator, Measured
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,9 +30,14 @@ class TokenAccuracy(Evaluator):
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context
     ) -> Mapping[str, float]:
         """Token accuracy over all supervised tokens of `data`."""
-        right, tokens = 0, 0
+        right, tokens = [0] * len(data), [0] * len(data)
         with evaluating(model):
-            for logits, labels in predictions(model, tokenizer, data):
-                right += int((logits.argmax(dim=-1) == labels).sum())
-                tokens += labels.numel()
-        return {"token_accuracy": right / tokens}
+            for numbers, logits, labels in row_predictions(model, tokenizer, data):
+                for row, hit in zip(numbers.tolist(), (logits.argmax(dim=-1) == labels).tolist(), strict=True):
+                    right[row] += hit
+                    tokens[row] += 1
+        return Measured(
+            {"token_accuracy": sum(right) / sum(tokens)},
+            scores={"token_accuracy": [hits / count for hits, count in zip(right, tokens, strict=True)]},
+            weights={"token_accuracy": tokens},
+        )

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from functools import cache
+from operator import mul
 from typing import TYPE_CHECKING
+from unittest import SkipTest
 
 from tunekit.core.checkpoint import random_states
-from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.interfaces import Encoded, Evaluator, Measured
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import Harness
 from tunekit.testing.training import changed, copies, cross_entropy
@@ -24,7 +26,7 @@ LEARNT = 45
 def returns_what_it_declares(evaluator: Evaluator, harness: Harness) -> None:
     """One finite number for each name in `better`."""
     better = dict(evaluator.better)
-    assert set(better.values()) in ({"min"}, {"max"}, {"min", "max"}), (
+    assert set(better.values()) <= {"min", "max"}, (
         f"`better` is {better!r}: give each metric and its better direction, {{'score': 'max'}}"
     )
     found = _evaluate(evaluator, harness.model(), harness)
@@ -32,6 +34,27 @@ def returns_what_it_declares(evaluator: Evaluator, harness: Harness) -> None:
     for name, value in found.items():
         assert type(value) in (int, float), f"{name} is {value!r}: return a Python number (.item() of a tensor)"
         assert math.isfinite(value), f"{name} is {value}: return a finite number, a large one where there is no answer"
+    assert better or (isinstance(found, Measured) and found.details), "it says nothing: return metrics or details"
+
+
+def keeps_what_it_says(evaluator: Evaluator, harness: Harness) -> None:
+    """Scores of rows have the metric as their mean, and details can be written as JSON."""
+    found = _evaluate(evaluator, harness.model(), harness)
+    if not isinstance(found, Measured):
+        raise SkipTest("it returns metrics alone")
+    try:
+        json.dumps([found.details, found.scores, found.weights], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(
+            f"its details cannot be written: {error}; return finite numbers, texts and lists"
+        ) from None
+    for name, scores in found.scores.items():
+        assert name in evaluator.better, f"it has scores of {name}, which is no metric of `better`"
+        weights = found.weights.get(name, [1] * len(scores))
+        mean = sum(map(mul, scores, weights)) / sum(weights)
+        assert math.isclose(mean, found[name], rel_tol=1e-6, abs_tol=1e-9), (
+            f"{name} is {found[name]}, and the mean of its scores {mean}: give scores to means over rows alone"
+        )
 
 
 def leaves_the_model_alone(evaluator: Evaluator, harness: Harness) -> None:
@@ -142,6 +165,7 @@ def _random_states() -> str:
 
 CHECKS = (
     returns_what_it_declares,
+    keeps_what_it_says,
     leaves_the_model_alone,
     repeats_itself,
     does_not_mind_the_order,
