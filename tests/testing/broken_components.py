@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from tunekit import AdapterMethod, ConfigError, DataSource, Evaluator, Quantizer, Trainer, TrainResult
+from tunekit import AdapterMethod, ConfigError, DataSource, Evaluator, Measured, Quantizer, Trainer, TrainResult
 from tunekit.core.evaluation import evaluating, predictions
 
 COUNTER = itertools.count()
