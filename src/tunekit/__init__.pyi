@@ -71,10 +71,15 @@ from .plugins.adapters.peft import Peft as Peft
 from .plugins.adapters.prefix_tuning import PrefixTuning as PrefixTuning
 from .plugins.adapters.prompt_tuning import PromptTuning as PromptTuning
 from .plugins.adapters.qlora import QLoRA as QLoRA
+from .plugins.evaluators.bleu import Bleu as Bleu
+from .plugins.evaluators.chrf import Chrf as Chrf
 from .plugins.evaluators.classification import Classification as Classification
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
+from .plugins.evaluators.numeric_answer import NumericAnswer as NumericAnswer
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
+from .plugins.evaluators.rouge import Rouge as Rouge
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy
+from .plugins.evaluators.token_f1 import TokenF1 as TokenF1
 from .plugins.quantizers.int8 import Int8 as Int8
 from .plugins.quantizers.nf4 import NF4 as NF4
 from .plugins.sources.filtered import Filtered as Filtered

@@ -38,6 +38,19 @@ ADAPTERS = (
     tk.Peft(type="P_TUNING", options={"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
 )
 QUANTIZERS = (tk.NF4(), tk.NF4(double_quantization=False), tk.Int8())
+COUNTED = tuple(
+    {"messages": [{"role": "user", "content": name}, {"role": "assistant", "content": f"a b c {number}"}]}
+    for number, name in enumerate(("one", "two", "three", "four", "five", "six", "seven"), start=1)
+)
+"""Answers of four words, of which the last is a number."""
+ANSWER_EVALUATORS = (
+    tk.TokenF1(max_new_tokens=12),
+    tk.NumericAnswer(max_new_tokens=12),
+    tk.Bleu(max_new_tokens=12),
+    tk.Chrf(max_new_tokens=12),
+    tk.Rouge(max_new_tokens=12),
+    tk.Classification(method="generation", max_new_tokens=12),
+)
 TRAINERS = (
     tk.SFT(epochs=2, batch_size=4),
     tk.Transformers(
@@ -49,6 +62,11 @@ EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=
 
 @parametrize(*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)
 def test_conformance(component, check):
+    check(component)
+
+
+@parametrize(*ANSWER_EVALUATORS, rows=COUNTED)
+def test_conformance_on_answers_of_several_words(component, check):
     check(component)
 
 
@@ -87,7 +105,8 @@ def test_every_builtin_is_listed_here():
     registry = Registry(environment={"TUNEKIT_DISABLE_PLUGINS": ",".join(_distributions())})
     offered = {(kind, name) for kind in INTERFACES for name in registry.names(kind)}
     listed = {
-        (component.kind, component.name) for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)
+        (component.kind, component.name)
+        for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS, *ANSWER_EVALUATORS)
     }
     assert offered - listed == set(), "list it above, so that it is checked"
 

@@ -39,6 +39,11 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("evaluator", "exact-match", "tunekit.plugins.evaluators.exact_match:ExactMatch"),
     Lazy("evaluator", "token-accuracy", "tunekit.plugins.evaluators.token_accuracy:TokenAccuracy"),
     Lazy("evaluator", "classification", "tunekit.plugins.evaluators.classification:Classification"),
+    Lazy("evaluator", "token-f1", "tunekit.plugins.evaluators.token_f1:TokenF1"),
+    Lazy("evaluator", "numeric-answer", "tunekit.plugins.evaluators.numeric_answer:NumericAnswer"),
+    Lazy("evaluator", "bleu", "tunekit.plugins.evaluators.bleu:Bleu"),
+    Lazy("evaluator", "chrf", "tunekit.plugins.evaluators.chrf:Chrf"),
+    Lazy("evaluator", "rouge", "tunekit.plugins.evaluators.rouge:Rouge"),
 )
 """Every built-in; the class behind `module:Class` is `tunekit.Class`."""
 
