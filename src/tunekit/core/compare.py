@@ -17,9 +17,9 @@ from tunekit.core.budget import Budget, Steps, Tokens, tokens_of_steps
 from tunekit.core.codec import Codec
 from tunekit.core.comparison import Arm, ArmRun, Comparison, run_directory
 from tunekit.core.component import Context
-from tunekit.core.measuring import check_names
 from tunekit.core.gauge import MEASURED, Gauge
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.measuring import check_names
 from tunekit.core.model import Base, choose_device, context_length
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry

@@ -71,6 +71,7 @@ class Run:
         if metric not in logged:
             raise ConfigError(f"{metric!r} was not logged{did_you_mean(metric, logged)}", "Run.plot")
         return plots.curve(self.history, metric)
+
     @cached_property
     def evaluations(self) -> Mapping[str, Mapping[str, Any]]:
         """What stands behind the metrics, by evaluation: "base", "step-000040", ..., "tuned".
