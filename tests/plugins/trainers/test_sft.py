@@ -13,6 +13,7 @@ from tunekit.core.checkpoint import newest
 from tunekit.core.codec import IGNORED, Codec
 from tunekit.core.observers import Observers
 from tunekit.core.registry import default_registry
+from tunekit.core.rows_loss import RowsLoss
 from tunekit.core.run import RunLog, create, history
 from tunekit.plugins.trainers import optimization
 from tunekit.testing import tiny_model, tiny_tokenizer
@@ -344,6 +345,24 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, optimizer):
         assert result.steps == 7
         assert rest == [line for line in lines if line["step"] > step]
         assert largest_difference(model, whole) == 0
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, monkeypatch, free):
+    """What is tried out at the start need not come out the same on trained parameters, and other ways round otherwise."""
+    trainer = SFT(max_steps=4, batch_size=3, save_every=2, padding_free=free)
+    fit(trainer, tmp_path / "whole")
+    found = newest(tmp_path / "whole" / "checkpoints")
+    assert found.state["trainer"]["loss"] == {"padding_free": free, "chunked": True}
+    monkeypatch.setattr("tunekit.core.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
+    taken = []
+    true = RowsLoss.__call__
+    monkeypatch.setattr(
+        RowsLoss, "__call__", lambda self, *rest: taken.append((self.padding_free, self.chunked)) or true(self, *rest)
+    )
+    create(tmp_path / "resumed")
+    fit(trainer, tmp_path / "resumed", resumed=found)
+    assert set(taken) == {(free, True)}
 
 
 def test_matrices_decay_and_vectors_do_not():
