@@ -50,12 +50,15 @@ def pages() -> dict[str, str]:
     comparing = functions({"tk.compare": tk.compare, "tk.open_comparison": tk.open_comparison})
     results = (tk.Comparison, tk.Arm, tk.ArmRun, tk.Steps, tk.Tokens)
     comparison = ["# Comparison", "", *comparing, *(line for cls in results for line in lower(class_page(cls)))]
+    followers = (tk.Csv, tk.TensorBoard, tk.Mlflow, tk.Wandb, tk.Trackio)
+    observers = [line for cls in followers for line in lower(described(cls))]
     hooks = {name: found for name, found in vars(hookspecs).items() if name.startswith("tunekit_")}
     made = {
         "README.md": index(),
         "pipeline.md": [*class_page(tk.Pipeline), *class_page(tk.Run)],
         "validation.md": ["# Validation", "", *functions({"tk.validate": tk.validate}), *lower(class_page(tk.Report))],
         "comparison.md": comparison,
+        "observers.md": ["# Observers", "", *observers],
         "interfaces.md": ["# The interfaces of plugins", "", *interfaces],
         "hooks.md": ["# Hooks", "", prose(hookspecs), "", *functions(hooks)],
         **{file: component_page(cls) for file, cls in BUILTINS.items()},
@@ -69,12 +72,8 @@ def index() -> list[str]:
     for file, cls in BUILTINS.items():
         lines.append(f"| [`tk.{cls.__name__}`]({file}) | {cls.kind} | `{cls.name}` | {summary(cls)} |")
     lines += ["", "Also: [the pipeline and its runs](pipeline.md), [validation](validation.md),"]
-    lines += [
-        "[comparison](comparison.md), [the interfaces of plugins](interfaces.md), [the hooks](hooks.md).",
-        "",
-        "| other public names | |",
-        "|---|---|",
-    ]
+    lines += ["[comparison](comparison.md), [observers](observers.md), [the interfaces of plugins](interfaces.md),"]
+    lines += ["[the hooks](hooks.md).", "", "| other public names | |", "|---|---|"]
     others = {name: getattr(tk, name) for name in dir(tk) if getattr(tk, name) not in BUILTINS.values()}
     lines += [f"| `tk.{name}` | {summary(found)} |" for name, found in others.items() if is_ours(found)]
     return lines
@@ -103,6 +102,12 @@ def class_page(cls: Any) -> list[str]:
     methods = {name: getattr(cls, name) for name, found in public.items() if callable(getattr(cls, name))}
     methods = {name: found for name, found in methods.items() if inspect.isroutine(found)}
     return [f"# `tk.{cls.__name__}`", "", prose(cls), "", *table, *listed, "", *functions(methods)]
+
+
+def described(cls: Any) -> list[str]:
+    """What an observer is and its fields; its methods are hooks, which have a page of their own."""
+    own = [field for field in attrs.fields(cls) if field.init]
+    return [f"# `tk.{cls.__name__}`", "", prose(cls), "", *(fields(cls) if own else [])]
 
 
 def lower(lines: list[str]) -> list[str]:

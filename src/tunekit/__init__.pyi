@@ -80,6 +80,11 @@ from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.rouge import Rouge as Rouge
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy
 from .plugins.evaluators.token_f1 import TokenF1 as TokenF1
+from .plugins.observers.csv import Csv as Csv
+from .plugins.observers.mlflow import Mlflow as Mlflow
+from .plugins.observers.tensorboard import TensorBoard as TensorBoard
+from .plugins.observers.trackio import Trackio as Trackio
+from .plugins.observers.wandb import Wandb as Wandb
 from .plugins.quantizers.int8 import Int8 as Int8
 from .plugins.quantizers.nf4 import NF4 as NF4
 from .plugins.sources.filtered import Filtered as Filtered

@@ -129,6 +129,8 @@ def test_a_budget_of_tokens_is_the_first_step_that_reaches_it(tiny_directory, bu
     steps = tk.Tokens(budget).steps(trainer, train.lengths, 1)
     assert seen(steps) >= budget
     assert seen(steps - 1) < budget
+    assert tk.Tokens(seen(steps)).steps(trainer, train.lengths, 1) == steps
+    assert tk.Tokens(seen(steps) + 1).steps(trainer, train.lengths, 1) == steps + 1
     assert sum(tokens for _, tokens in zip(range(steps), tokens_of_steps(trainer, train.lengths, 1))) == seen(steps)  # noqa: B905
 
 
