@@ -153,7 +153,6 @@ def test_wandb_has_an_offline_run_in_the_run_directory(tmp_path):
     # A step is in the summary when the next one is logged, the last one when the run ends.
     assert {name: logged[name] for name in EXPECTED} == {name: dict(values)[2] for name, values in EXPECTED.items()}
     assert logged["_step"] == 2
-    assert OUTCOME.items() <= dict(observer._run.summary).items()
     assert observer._run.config["trainer.learning_rate"] == 0.5
     assert observer._run.id == (tmp_path / "run/wandb.id").read_text(encoding="utf-8")
     assert len(list((tmp_path / "run/wandb").glob(f"offline-run-*/run-{observer._run.id}.wandb"))) == 1
