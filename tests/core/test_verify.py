@@ -237,7 +237,10 @@ def test_rows_are_few_and_short_and_bad_ones_are_passed_over(tmp_path):
     codec = Codec(tiny_tokenizer())
     rows = some_rows(tk.InMemory(rows=[{"prompt": "?", "completion": "!"}, *long]), tk.SFT(), codec, 40)
     assert [len(row["input_ids"]) for row in rows] == [len(row["labels"]) for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) > 1, "nothing would be padded"
     assert max(len(row["input_ids"]) for row in rows) == 40 < TOKENS
+    alike = some_rows(tk.InMemory(rows=long[:1] * 9), tk.SFT(), codec, None)
+    assert len({len(row["input_ids"]) for row in alike}) == len(alike), "nothing would be padded"
     assert all(supervised_tokens(row) for row in rows)
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\n')
     with pytest.raises(tk.DataError, match="none of the first 32 rows can be learned from"):
@@ -247,3 +250,5 @@ def test_rows_are_few_and_short_and_bad_ones_are_passed_over(tmp_path):
 def test_what_cannot_work_is_told_as_by_a_run(tiny_directory):
     with pytest.raises(tk.ConfigError, match="cannot train on a nf4 base"):
         make(tiny_directory, tk.Full(), quantizer=tk.NF4()).verify()
+    with pytest.raises(tk.ConfigError, match="no module is named"):
+        make(tiny_directory, tk.LoRA(targets=("nowhere",))).verify()

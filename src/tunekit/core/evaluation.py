@@ -33,6 +33,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` can be trained without dropping anything; afterwards parameters and dropout are as before."""
+    import torch
+
+    kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    found = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _drops(m, n) and isinstance(v, float)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+
+
+def _drops(module: nn.Module, name: str) -> bool:
+    return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills up short rows: the pad token, else the end token; it is masked, so its value never matters."""
     found = tokenizer.pad_token_id

@@ -74,19 +74,25 @@ def some_rows(source: DataSource, trainer: Trainer, codec: Codec, room: int | No
         codec: tokenizer and template.
         room: tokens that the model and the method leave for a row; None where it is unknown.
     """
-    limit, found = min(TOKENS, room or TOKENS), []
+    found: list[Encoded] = []
     for _, example in islice(source.examine("train"), LOOKED_AT):
         with suppress(DataError):  # a run would tell of it
-            if isinstance(example, DataError):
-                continue
-            row = trainer.encode(example, codec)
-            first = next((at for at, label in enumerate(row["labels"]) if label != IGNORED), 0)
-            start = max(0, min(first - limit // 2, len(row["labels"]) - limit))
-            found.append({name: list(values[start : start + limit]) for name, values in row.items()})
-    found = sorted((row for row in found if supervised_tokens(row)), key=lambda row: len(row["labels"]))
+            if not isinstance(example, DataError):
+                found.append(trainer.encode(example, codec))
+    found = sorted(filter(supervised_tokens, found), key=lambda row: len(row["labels"]))
     if not found:
         raise DataError(f"none of the first {LOOKED_AT} rows can be learned from")
-    return [found[at * (len(found) - 1) // (ROWS - 1)] for at in range(ROWS)]
+    chosen = [found[at * (len(found) - 1) // (ROWS - 1)] for at in range(ROWS)]
+    limit = min(TOKENS, room or TOKENS)
+    # Long rows to different lengths: without padding between them there would be nothing to compare.
+    return [_cut(row, max(2, limit - at * limit // 8)) for at, row in zip(reversed(range(ROWS)), chosen, strict=True)]
+
+
+def _cut(row: Encoded, limit: int) -> Encoded:
+    """At most `limit` tokens of a row, the first that is learned among them."""
+    first = next(at for at, label in enumerate(row["labels"]) if at and label != IGNORED)
+    start = max(0, min(first - limit // 2, len(row["labels"]) - limit))
+    return {name: list(values[start : start + limit]) for name, values in row.items()}
 
 
 def line(check: str, bound: float, measure: Callable[[], float]) -> VerifiedLine:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from tunekit.core.checkpoint import Checkpoint, checksum, trained_parameters
 from tunekit.core.codec import Codec
 from tunekit.core.component import Context
 from tunekit.core.dequantize import dequantize
-from tunekit.core.evaluation import evaluating, pad_id
+from tunekit.core.evaluation import evaluating, pad_id, trying
 from tunekit.core.interfaces import AdapterMethod, Encoded, Quantizer, Trainer
 from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
@@ -70,6 +70,7 @@ class Bench:
         try:
             with tempfile.TemporaryDirectory(prefix="tunekit-verify-") as place:
                 self.place = Path(place)
+                _ = self._fresh  # what keeps a run from starting is raised here, too
                 return Verification(lines=tuple(self._lines()))
         finally:
             checkpoint.set_random_states(states)
@@ -91,7 +92,8 @@ class Bench:
     def _start(self) -> float:
         if not self.adapter.starts_as_base:
             raise NotSupported(f"{self.adapter.name} does not start as its base")
-        return _away(self._logits(self._attached()), self._logits(self.load()))
+        model, base_logits = self._fresh
+        return _away(self._logits(model), base_logits)
 
     def _accumulation(self) -> float:
         names = [field.name for field in attrs.fields(type(self.trainer))]
@@ -104,7 +106,7 @@ class Bench:
         asked = {"padding_free": "padding_free", "chunked": "chunked_loss"}[way]
         if not getattr(self.trainer, asked, False):
             raise NotSupported(f"{self.trainer.name} trains without {asked}")
-        model = self._attached()
+        model, _ = self._fresh
         options = {"padding_free": False, "chunked": False, way: True}
         fill, device = pad_id(self.codec.tokenizer), self.context.device
         chosen = rows_loss.choose(model, self.rows, fill, device, **options)
@@ -138,7 +140,7 @@ class Bench:
         stored: Checkpoint | None = self._trained["checkpoint"]
         if stored is None:
             raise NotSupported(f"{self.trainer.name} wrote no checkpoint to go on from")
-        model = self._attached()
+        model = self._attached(self.load())
         stored.load_parameters(model)
         self.adapter.load_train_state(model, stored.state["method"])
         self._seed(1)  # what it draws from is the checkpoint's
@@ -148,8 +150,14 @@ class Bench:
 
     # How --------------------------------------------------------------------------------------------------------------
 
-    def _attached(self) -> nn.Module:
+    @cached_property
+    def _fresh(self) -> tuple[nn.Module, Tensor]:
+        """The method on its base, for all lines that leave it as it was before the first step; the base's logits."""
         base = self.load()
+        base_logits = self._logits(base)
+        return self._attached(base), base_logits
+
+    def _attached(self, base: PreTrainedModel) -> nn.Module:
         self._seed(0)
         return self.adapter.attach(base, self.context)
 
@@ -183,9 +191,9 @@ class Bench:
             found.update(_take_gradients(model))
             raise _EnoughError
 
-        model = self._attached()
+        model, _ = self._fresh
         one = {"micro_batch_size": size, "batch_size": len(self.rows), "max_grad_norm": float("inf")}
-        with _without_dropout(model):
+        with trying(model):
             self._fit(model, self.place / f"of-{size}", after_step=after_step, changes=one)
         return found
 
@@ -201,10 +209,10 @@ class Bench:
 
     def _train(self) -> dict[str, Any]:
         """A few steps: the logits, parameters and checkpoint they end with, and what they left in the base."""
+        self.__dict__.pop("_fresh", None)  # one model at a time
         base = self.load()
         weights = dict(base.named_parameters())
-        self._seed(0)
-        model = self.adapter.attach(base, self.context)
+        model = self._attached(base)
         kept = {name: checksum(value) for name, value in weights.items() if not value.requires_grad}
         before = self._logits(model)
         self._fit(model, self.place / "trained")
@@ -276,20 +284,3 @@ def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {n: p.grad.detach().clone() for n, p in trained_parameters(model).items() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it, no module of `model` drops anything, in training mode either: how rows are split would change what."""
-    found = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _drops(m, n) and isinstance(v, float)]
-    try:
-        for module, name, _ in found:
-            setattr(module, name, 0.0)
-        yield
-    finally:
-        for module, name, value in found:
-            setattr(module, name, value)
-
-
-def _drops(module: nn.Module, name: str) -> bool:
-    return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
