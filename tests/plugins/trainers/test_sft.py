@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 
-from tunekit import SFT, ConfigError, Context, TrainingError
+from tunekit import SFT, ConfigError, Context, NotSupported, TrainingError
 from tunekit.core import batching
 from tunekit.core.checkpoint import newest
 from tunekit.core.codec import IGNORED, Codec
@@ -378,3 +378,26 @@ def test_an_optimizer_whose_package_is_missing_is_refused_before_any_work(monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"SFT\.optimizer: 'adamw-8bit' needs bitsandbytes: pip install bitsandbytes"):
         SFT(optimizer="adamw-8bit").check(CONTEXT)
+
+
+def test_activations_are_computed_again_for_the_same_steps(tmp_path):
+    ends, calls = [], []
+    for again in (False, True):
+        model = tiny_model()
+        passes = []
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        trainer = SFT(max_steps=2, batch_size=7, learning_rate=0.01, gradient_checkpointing=again)
+        fit(trainer, tmp_path / str(again), model=model)
+        ends.append(model)
+        calls.append(len(passes))
+        assert not model.is_gradient_checkpointing, "the model is left as it was"
+    assert calls[1] - calls[0] == 2, "one more forward pass in each step"
+    for kept, again in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
+        assert torch.allclose(kept, again, atol=1e-6)
+
+
+def test_a_model_without_gradient_checkpointing_says_so(tmp_path):
+    model = tiny_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(NotSupported, match="knows no gradient checkpointing"):
+        fit(SFT(max_steps=1, gradient_checkpointing=True), tmp_path / "run", model=model)

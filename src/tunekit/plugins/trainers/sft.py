@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import attrs
@@ -20,7 +21,7 @@ from tunekit.core.fields import at_least, between, did_you_mean, positive
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
 from tunekit.core.rows_loss import RowsLoss
 from tunekit.core.signals import asked_to_stop
-from tunekit.errors import ConfigError, TrainingError
+from tunekit.errors import ConfigError, NotSupported, TrainingError
 from tunekit.plugins.trainers import optimization
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
@@ -56,6 +57,8 @@ class SFT(Trainer):
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
             them, where the model gives the same loss so.
+        gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
+            for a third more time, and the same gradient.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
         on_long: "error", "drop" or "truncate" rows that are longer than max_length, or "split" them into windows, which
@@ -86,6 +89,7 @@ class SFT(Trainer):
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
     padding_free: bool = True
     chunked_loss: bool = True
+    gradient_checkpointing: bool = False
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
     on_long: Literal["error", "drop", "truncate", "split"] = "error"
@@ -167,7 +171,10 @@ class SFT(Trainer):
             set_random_states(run.resumed.state["random"])  # last: nothing else may draw from them
 
         saved_at = time.monotonic()
-        with summed_loss.training(), asked_to_stop() as asked:
+        recomputing: AbstractContextManager[None] = nullcontext()
+        if self.gradient_checkpointing:
+            recomputing = activations_computed_again(accelerator.unwrap_model(model))
+        with summed_loss.training(), recomputing, asked_to_stop() as asked:
             for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
                 rows = batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
                 tokens = sum(batching.supervised_tokens(train[at]) for at in rows)
@@ -255,6 +262,21 @@ class SFT(Trainer):
         lengths = batching.lengths([train[at] for at in rows])
         groups = batching.chunks(lengths, tokens, None if auto else int(self.micro_batch_size), padded)
         return [[rows[at] for at in group] for group in groups]
+
+
+@contextmanager
+def activations_computed_again(model: nn.Module) -> Iterator[None]:
+    """Within it, training `model` keeps the activations of no layer but its input; NotSupported if it cannot do so."""
+    # Transformers has given it the first name of late.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    try:
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise NotSupported(f"{type(model).__name__} knows no gradient checkpointing: {error}") from None
+    try:
+        yield
+    finally:
+        getattr(model, f"{word}_checkpointing_disable")()
 
 
 def _shortest_and_longest(rows: Sequence[Encoded]) -> list[Encoded]:
