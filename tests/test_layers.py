@@ -51,6 +51,7 @@ ORDER = [
     "core.dataset",
     # the model and what is done with it
     "core.trust",
+    "core.added_tokens",
     "core.model",
     "core.fingerprint",
     "core.dequantize",

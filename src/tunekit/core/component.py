@@ -33,6 +33,8 @@ class Context:
         template: the chat template that the user gave; None for the model's own.
         base_metrics: the evaluators' metrics of the base model; None until it is measured.
         run_directory: where the run writes; None outside of a run.
+        added_ids: the tokens added to the model, whose rows of embedding and head are to be trained; none before the
+            tokenizer is loaded.
     """
 
     model_id: str
@@ -49,6 +51,7 @@ class Context:
     template: str | None = None
     base_metrics: Mapping[str, float] | None = None
     run_directory: Path | None = None
+    added_ids: tuple[int, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

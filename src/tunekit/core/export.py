@@ -88,7 +88,7 @@ def _write_plain(merged: PreTrainedModel, loaded: Loaded, base: Base, scratch: P
     _round(merged, "float32")
     reread = attrs.evolve(base, model=str(scratch), revision=None)
     again = _read(reread, loaded, "float32")
-    return {"dtype": dtype, "quantization": None, "compared": _compare(merged, again, loaded.codec, reread)}
+    return {"dtype": dtype, "quantization": None, "compared": _compare(merged, again, loaded, reread)}
 
 
 def _write_quantized(
@@ -114,7 +114,7 @@ def _write_quantized(
     reread = attrs.evolve(parts.base, model=str(scratch), revision=None)
     # What a quantizer does after loading is done to both: on the CPU, bitsandbytes computes wrongly without it.
     again = quantizer.prepare(_read(reread, loaded, context.dtype), context)
-    compared = _compare(quantizer.prepare(quantized, context), again, loaded.codec, reread)
+    compared = _compare(quantizer.prepare(quantized, context), again, loaded, reread)
     nll = {"before": mean_nll(live, rows), "after": mean_nll(attrs.evolve(live, model=again), rows)} if rows else None
     return {"dtype": context.dtype, "quantization": quantizer.scheme, "compared": compared, "nll": nll}
 
@@ -173,12 +173,12 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
         parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def _compare(model: PreTrainedModel, again: PreTrainedModel, codec: Codec, base: Base) -> Mapping[str, Any]:
+def _compare(model: PreTrainedModel, again: PreTrainedModel, loaded: Loaded, base: Base) -> Mapping[str, Any]:
     """Logits, stop tokens and template of what was written against what was to be written; ExportError if they differ.
 
-    The rows are the contract's conversation, as a row of training and as a prompt.
+    The rows are the contract's conversation, as a row of training and as a prompt, and with the added tokens behind it.
     """
-    reread = Codec(base.tokenizer())
+    reread, codec, added = Codec(base.tokenizer()), loaded.codec, loaded.context.added_ids
     try:
         reread.check_contract(codec.contract())
     except ConfigError as error:
@@ -186,6 +186,10 @@ def _compare(model: PreTrainedModel, again: PreTrainedModel, codec: Codec, base:
     if stop_ids(again) != stop_ids(model):
         raise ExportError(f"the stop tokens that were written differ: {stop_ids(again)}, not {stop_ids(model)}")
     rows = [reread.prompt(GOLDEN[-1:]), reread.prompt(GOLDEN[:1]), reread.encode({"messages": GOLDEN[:2]})["input_ids"]]
+    if added:
+        if reread.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
+            raise ExportError("the tokenizer that was written has not the same tokens")
+        rows.append([*rows[0], *added])
     furthest = 0.0
     for row in rows:
         expected, found = _logits(model, row), _logits(again, row)

@@ -108,6 +108,8 @@ class AdapterMethod(Component):
     """A good peak learning rate for it with AdamW; used where the trainer leaves its own open."""
     starts_as_base: bool = True
     """Whether the model predicts what its base does until the first step."""
+    trains_added_tokens: ClassVar[bool] = False
+    """Whether it trains, saves and loads the rows of the tokens in `Context.added_ids`, of embedding and head."""
 
     def extra_tokens(self) -> int:
         """Positions of the context it takes from every row, for virtual tokens. Default: none.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core import added_tokens
 from tunekit.core.assets import resolve
 from tunekit.core.codec import Codec
 from tunekit.core.component import Context
@@ -30,14 +31,17 @@ class Base:
         model: a Hub id, a directory, or `tunekit:tiny`.
         revision: branch, tag or commit of a Hub model.
         trust_remote_code: whether code in the model's repository may run.
+        added_tokens: tokens that it is to be given besides its own.
     """
 
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
+    added_tokens: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ConfigError for a model that cannot exist: no download, no torch."""
+        added_tokens.check_texts(self.added_tokens)
         path = self._path
         try:
             path.exists()
@@ -70,13 +74,26 @@ class Base:
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
+        """The model's tokenizer, without added tokens."""
         from transformers import AutoTokenizer
 
         return self._load(AutoTokenizer)
 
-    def empty(self, dtype: str = "float32") -> PreTrainedModel:
-        """The model without weights, on the meta device: parameters can be counted, nothing is loaded.
+    def codec(self, template: str | None = None) -> Codec:
+        """How rows become tokens, added ones among them; `template` None takes the model's own, if any."""
+        tokenizer = self.tokenizer()
+        own = Codec(tokenizer, template)
+        if not self.added_tokens:
+            return own
+        added_tokens.add(tokenizer, self.added_tokens, own.template)
+        return Codec(tokenizer, template)
+
+    def added_ids(self, codec: Codec) -> tuple[int, ...]:
+        """The ids of the added tokens, in their order."""
+        return tuple(codec.tokenizer.convert_tokens_to_ids(list(self.added_tokens)))
+
+    def empty(self, dtype: str = "float32", added_ids: Sequence[int] = ()) -> PreTrainedModel:
+        """The model without weights, on the meta device, with rows for added tokens: parameters can be counted.
 
         `dtype` is torch's name of theirs.
         """
@@ -85,6 +102,7 @@ class Base:
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+            added_tokens.make_room(model, added_ids)
         return model.to(getattr(torch, dtype))
 
     def load(self, *, device: str, dtype: str, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -207,9 +225,14 @@ def _check_causal(config: PretrainedConfig, model: str) -> None:
 
 
 def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Context) -> PreTrainedModel:
-    """The base model as a run uses it: quantized if asked for, and stopping at every stop token of the template."""
+    """The base model as a run uses it: quantized if asked for, and stopping at every stop token of the template.
+
+    Rows of embedding and head for the tokens of `context.added_ids` are the mean of those of all other tokens.
+    """
     options = quantizer.load_kwargs(context) if quantizer else {}
     model = base.load(device=context.device, dtype=context.dtype, options=options)
+    added_tokens.make_room(model, context.added_ids)
+    added_tokens.start_at_mean(model, codec.tokenizer, context.added_ids)
     if quantizer:
         model = quantizer.prepare(model, context)
     stop_at(model, codec)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tunekit.core import packed, targets
+from tunekit.core import added_tokens, packed, targets
 from tunekit.core.component import Context
 from tunekit.core.dequantize import empty
 from tunekit.core.interfaces import AdapterMethod
@@ -50,6 +50,8 @@ class PeftMethod(AdapterMethod):
             config.task_type = task_of(model)
         if hasattr(config, "target_modules"):
             self.place(config, model)
+        if context.added_ids:
+            self._train_rows(config, model, context.added_ids)
         try:
             with _quiet():
                 wrapped = get_peft_model(self._shown(model), config)
@@ -95,7 +97,8 @@ class PeftMethod(AdapterMethod):
     def save(self, model: nn.Module, directory: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained` reads them."""
         # It writes inference_mode=True by itself; set here, p-tuning would save, and go on with, its network's input.
-        # PEFT's "auto" asks the Hub on every save whether the vocabulary was resized; tunekit never resizes it.
+        # PEFT's "auto" asks the Hub on every save whether the vocabulary was resized, to then save all of its rows;
+        # those of added tokens are saved in any case.
         model.save_pretrained(directory, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
@@ -124,6 +127,29 @@ class PeftMethod(AdapterMethod):
         merged = copy.deepcopy(model)
         dtype = next(merged.base_model.parameters()).dtype
         return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+
+    def _train_rows(self, config: PeftConfig, model: PreTrainedModel, ids: Sequence[int]) -> None:
+        """Have PEFT train the rows of `ids`, in float32, unless the whole module is trained.
+
+        Raises:
+            ConfigError: the configuration has no field for it, or PEFT would compute something else.
+        """
+        where = added_tokens.WHERE
+        if not hasattr(config, "trainable_token_indices"):
+            raise ConfigError(f"PEFT's {type(config).__name__} has no trainable_token_indices", where)
+        names = {module: name for name, module in model.named_modules()}
+        indices = {}
+        for end in added_tokens.ends(model):
+            name = names[end]
+            if any(targets.ends_with(name, whole) for whole in config.modules_to_save or []):
+                continue
+            if any(targets.ends_with(name, target) for target in config.target_modules or []):
+                raise ConfigError(f"{name} is adapted, so its rows cannot be trained besides; train it whole", where)
+            if getattr(end, "bias", None) is not None:
+                # PEFT's wrapper multiplies with the weight, and adds no bias.
+                raise ConfigError(f"{name} has a bias, which PEFT loses where it trains rows; Full can do it", where)
+            indices[name] = list(ids)
+        config.trainable_token_indices = indices or None
 
     def _shown(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model as PEFT can adapt it."""

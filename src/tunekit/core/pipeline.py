@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, checkpoint, dataset, fingerprint, recipe, secrets
+from tunekit.core import adapter_files, added_tokens, checkpoint, dataset, fingerprint, recipe, secrets
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
@@ -51,6 +51,7 @@ class Pipeline:
         model: a Hub id, a local directory, or `tunekit.TINY`, the embedded model.
         revision: branch, tag or commit of a Hub model.
         template: a Jinja chat template; None takes the model's own, else a plain one with headings.
+        added_tokens: tokens that the model has not, as they are written in the rows or in the template.
         data: where the rows come from.
         validation: the share of rows to hold out (0 for none), or a source of held-out rows.
         adapter: what is trained.
@@ -66,6 +67,7 @@ class Pipeline:
     model: str = attrs.field(converter=as_text)
     revision: str | None = None
     template: str | None = None
+    added_tokens: tuple[str, ...] = attrs.field(default=(), converter=as_tuple)
     data: DataSource
     validation: float | DataSource = 0.1
     adapter: AdapterMethod = attrs.field(factory=partial(_builtin, "adapter", "lora"))
@@ -120,6 +122,7 @@ class Pipeline:
             raise ConfigError(
                 f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
             )
+        added_tokens.check_method(self.added_tokens, self.adapter)
         check_names(self.evaluators)
         for component in self._components:
             check_requirements(component)
@@ -131,8 +134,9 @@ class Pipeline:
 
     def validate(self, **rates: Any) -> Report:
         """A report on the data as `run` would read it; `rates` are the last three arguments of `tunekit.validate`."""
-        fields = ("model", "revision", "template", "trust_remote_code", "trainer", "adapter", "validation", "seed")
-        return validate(self.data, **{name: getattr(self, name) for name in fields}, **rates)
+        fields = ("model", "revision", "template", "added_tokens", "trust_remote_code", "trainer", "adapter", "seed")
+        same = {name: getattr(self, name) for name in fields}
+        return validate(self.data, validation=self.validation, **same, **rates)
 
     def preview(self, rows: int = 3) -> Preview:
         """The first `rows` of the data as the model will see them; see `tunekit.preview`."""
@@ -142,12 +146,13 @@ class Pipeline:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
         self.check()
         config = self._base.config()
-        data = self._data(self._codec(), context_length(config))
+        codec = self._base.codec(self.template)
+        data = self._data(codec, context_length(config))
         steps = self.trainer.planned_steps(len(data.train))
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        context = self._context(device=device, dtype=dtype, steps=steps)
-        trained = self.adapter.attach(self._base.empty(dtype), context)
+        context = self._context(device, dtype, codec, total_steps=steps)
+        trained = self.adapter.attach(self._base.empty(dtype, context.added_ids), context)
         trainable, total = count_parameters(trained)
         return Plan(
             rows=len(data.train),
@@ -202,10 +207,10 @@ class Pipeline:
         if not resume:
             files.check_free(directory)
         device = choose_device(self.device)
-        codec = self._codec()
+        codec = self._base.codec(self.template)
         data = self._data(codec, context_length(self._base.config()))
         steps = self.trainer.planned_steps(len(data.train))
-        context = self._context(device=device, steps=steps, directory=directory)
+        context = self._context(device, codec=codec, total_steps=steps, run_directory=directory)
 
         with opened(directory, self._facts(codec, data, context), steps, resume) as found:
             log = RunLog(directory=directory, observers=told, resumed=found.checkpoint)
@@ -253,7 +258,7 @@ class Pipeline:
         with naming(log.directory / files.ADAPTER, files.RESUMABLE):
             adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, found.facts.base, codec)
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
-        plain = self.adapter.attach(self._base.empty(), context) if self._quantizer else model
+        plain = self.adapter.attach(self._base.empty(added_ids=context.added_ids), context) if self._quantizer else model
         trainable, total = count_parameters(plain)
         started = files.read_json(log.directory / files.START)
         result = {
@@ -276,7 +281,8 @@ class Pipeline:
 
     @property
     def _base(self) -> Base:
-        return Base(model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        names = ("model", "revision", "trust_remote_code", "added_tokens")
+        return Base(**{name: getattr(self, name) for name in names})
 
     @property
     def _quantizer(self) -> Quantizer | None:
@@ -287,9 +293,7 @@ class Pipeline:
         parts = [self.data, self.validation, self.adapter, self._quantizer, self.trainer, *self.evaluators]
         return [part for part in parts if isinstance(part, Component)]
 
-    def _context(
-        self, device: str | None = None, dtype: str | None = None, steps: int = 0, directory: Path | None = None
-    ) -> Context:
+    def _context(self, device: str = "", dtype: str = "", codec: Codec | None = None, **facts: Any) -> Context:
         return Context(
             model_id=self.model,
             revision=self.revision,
@@ -299,15 +303,12 @@ class Pipeline:
             device=device or self.device or "",
             dtype=dtype or (choose_dtype(self.dtype, device) if device else self.dtype or ""),
             quantization=self._quantizer.scheme if self._quantizer else None,
-            total_steps=steps,
             learning_rate=self.adapter.learning_rate,
             better={name: way for evaluator in self.evaluators for name, way in evaluator.better.items()},
             template=self.template,
-            run_directory=directory,
+            added_ids=self._base.added_ids(codec) if codec else (),
+            **facts,
         )
-
-    def _codec(self) -> Codec:
-        return Codec(self._base.tokenizer(), self.template)
 
     def _data(self, codec: Codec, longest: int | None) -> dataset.Data:
         data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, self.adapter)
@@ -347,7 +348,7 @@ class Pipeline:
 
     def _open_base(self, directory: Path) -> Loaded:
         """The base of a finished run, whose adapter was found to be whole, and of this base and template."""
-        context = self._context(device=choose_device(self.device), dtype=files.dtype_of(directory), directory=directory)
-        codec = self._codec()
+        codec, device = self._base.codec(self.template), choose_device(self.device)
+        context = self._context(device, files.dtype_of(directory), codec, run_directory=directory)
         adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
         return Loaded(model=load_base(self._base, self._quantizer, codec, context), codec=codec, context=context)

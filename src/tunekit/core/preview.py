@@ -152,6 +152,7 @@ def preview(
     template: str | None = None,
     trainer: Trainer | None = None,
     rows: int = 3,
+    added_tokens: tuple[str, ...] = (),
     trust_remote_code: bool = False,
 ) -> Preview:
     """The first rows of a source as the model will see them, by the encoding and the batching of a run.
@@ -163,6 +164,7 @@ def preview(
         template: a Jinja chat template; None takes the model's own, as in a pipeline.
         trainer: says what is learned (`SFT(train_on="last")`) and how long a row may be; None takes SFT as it is.
         rows: how many.
+        added_tokens: those of the pipeline.
         trust_remote_code: whether code in the model's repository may run.
 
     Raises:
@@ -176,7 +178,7 @@ def preview(
 
 def first_rows(base: Base, source: DataSource, template: str | None, trainer: Any, rows: int) -> Preview:
     """What `preview` returns, for a base model and a trainer; see there."""
-    codec = Codec(base.tokenizer(), template)
+    codec = base.codec(template)
     bounds = [bound for bound in (trainer.max_length, context_length(base.config())) if bound is not None]
     encoded = []
     for number, row in enumerate(codec.ahead(islice(source.load("train"), rows)), start=1):

@@ -8,7 +8,6 @@ from itertools import compress
 from typing import Any
 
 from tunekit.core import corrected
-from tunekit.core.codec import Codec
 from tunekit.core.data_figures import Figures, Tally
 from tunekit.core.dataset import room_for_rows
 from tunekit.core.examination import Examination
@@ -36,6 +35,7 @@ def validate(
     adapter: AdapterMethod | None = None,
     validation: float | DataSource | None = None,
     seed: int = 0,
+    added_tokens: tuple[str, ...] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     epochs: float | None = None,
@@ -53,6 +53,7 @@ def validate(
         adapter: counts where it takes tokens of the model's context, as prompt tuning does.
         validation: a source of held-out rows, or the share that a run would hold out; None for none.
         seed: of the run; it chooses which rows a share holds out.
+        added_tokens: those of the pipeline.
         revision: branch, tag or commit of a Hub model.
         trust_remote_code: whether code in the model's repository may run.
         epochs: passes over the data, for time and cost; None takes the trainer's, else what the report advises.
@@ -78,9 +79,11 @@ def validate(
         trainer = builtin()
     codec, longest = None, None
     if model is not None:
-        base = Base(model=model, revision=revision, trust_remote_code=trust_remote_code)
+        base = Base(
+            model=model, revision=revision, trust_remote_code=trust_remote_code, added_tokens=tuple(added_tokens)
+        )
         base.check()
-        codec = Codec(base.tokenizer(), template)
+        codec = base.codec(template)
         longest = room_for_rows(context_length(base.config()), adapter.extra_tokens() if adapter else 0)
     reading = Examination(trainer, codec, longest, seed if share else None)
     train = reading.read(source, "train", "train")

@@ -60,6 +60,7 @@ class AdaLoRA(PeftMethod):
 
     name = "adalora"
     supports = frozenset({"nf4", "int8"})
+    trains_added_tokens = True
     learning_rate = 2e-3
 
     initial_rank: int = attrs.field(default=12, validator=at_least(1))

@@ -30,6 +30,7 @@ class Full(AdapterMethod):
 
     name = "full"
     learning_rate = 1e-5
+    trains_added_tokens = True
 
     def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
         """Make every parameter trainable."""

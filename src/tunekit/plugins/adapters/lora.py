@@ -47,6 +47,7 @@ class LoRA(PeftMethod):
 
     name = "lora"
     supports = frozenset({"nf4", "int8"})
+    trains_added_tokens = True
 
     rank: int = attrs.field(default=16, validator=at_least(1))
     alpha: float | None = attrs.field(default=None, validator=at_least(0))
