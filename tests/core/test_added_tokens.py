@@ -151,7 +151,16 @@ def test_the_base_is_known_by_what_is_on_the_disk(bases):
 # What is trained -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("tied", "lora"), ("padded", "lora"), *(("untied", name) for name in METHODS)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("tied", "lora"),
+        ("padded", "lora"),
+        ("tied", "qlora"),
+        ("padded", "full"),
+        *(("untied", name) for name in METHODS),
+    ],
+)
 def finished(request, bases, tmp_path_factory):
     kind, name = request.param
     pipeline = make(bases[kind], METHODS[name])

@@ -14,7 +14,6 @@ from tunekit.core import arms, dataset, fingerprint, recipe
 from tunekit.core import run as files
 from tunekit.core.arms import Method
 from tunekit.core.budget import Budget, Steps, Tokens, tokens_of_steps
-from tunekit.core.codec import Codec
 from tunekit.core.comparison import Arm, ArmRun, Comparison, run_directory
 from tunekit.core.component import Context
 from tunekit.core.gauge import MEASURED, Gauge
@@ -156,9 +155,14 @@ def _trials(methods: Sequence[Method], seed: int, budget: Budget | None, directo
 def _data(pipelines: Sequence[Pipeline]) -> list[dataset.Data | None]:
     """The rows of each, None for a method that cannot take them; the error, if that is so for every one."""
     first = pipelines[0]
-    base = Base(model=first.model, revision=first.revision, trust_remote_code=first.trust_remote_code)
+    base = Base(
+        model=first.model,
+        revision=first.revision,
+        trust_remote_code=first.trust_remote_code,
+        added_tokens=first.added_tokens,
+    )
     base.check()
-    codec, longest = Codec(base.tokenizer(), first.template), context_length(base.config())
+    codec, longest = base.codec(first.template), context_length(base.config())
     read: dict[int, dataset.Data] = {}
     found: list[dataset.Data | None] = []
     failure: TunekitError | None = None

@@ -258,7 +258,8 @@ class Pipeline:
         with naming(log.directory / files.ADAPTER, files.RESUMABLE):
             adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, found.facts.base, codec)
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
-        plain = self.adapter.attach(self._base.empty(added_ids=context.added_ids), context) if self._quantizer else model
+        empty = partial(self._base.empty, added_ids=context.added_ids)
+        plain = self.adapter.attach(empty(), context) if self._quantizer else model
         trainable, total = count_parameters(plain)
         started = files.read_json(log.directory / files.START)
         result = {
