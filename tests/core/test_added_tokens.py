@@ -17,7 +17,7 @@ from tunekit.testing import tiny_model, tiny_tokenizer
 TOKENS = ("<tool>", "<think>")
 OWN = 261  # tokens of the tiny tokenizer
 IDS = [OWN, OWN + 1]
-ROWS = [{"prompt": f"use {n}", "completion": "<think>no<tool>"} for n in range(8)]
+ROWS = [{"prompt": f"use {n}", "completion": "<think><tool>"} for n in range(8)]
 PROBE = torch.tensor([[5, IDS[0], 40, IDS[1], 7, 99]])
 KINDS = {"untied": {}, "tied": {"tie_word_embeddings": True}, "padded": {"vocab_size": 272}}
 METHODS = {
@@ -169,13 +169,13 @@ def finished(request, bases, tmp_path_factory):
 
 def test_the_model_learns_to_say_them_and_says_the_same_when_it_is_opened_again(finished):
     _, name, _, run = finished
-    assert run.generate("use 1", max_new_tokens=8) == "<think>no<tool>"
+    assert run.generate("use 1", max_new_tokens=8) == "<think><tool>"
     again = tk.open_run(run.directory)
     if name in ("pissa", "adalora"):  # of other ranks than while it was trained, so that sums are rounded otherwise
         close(logits(again._model(tuned=True).model), run)
     else:
         assert torch.equal(logits(again._model(tuned=True).model), logits(run._model(tuned=True).model))
-    assert run.generate("use 1", tuned=False, max_new_tokens=8) != "<think>no<tool>"
+    assert run.generate("use 1", tuned=False, max_new_tokens=8) != "<think><tool>"
 
 
 def test_an_export_gives_the_same_logits_in_plain_transformers(finished, bases, tmp_path):
@@ -230,7 +230,7 @@ def test_other_tokens_than_those_of_the_run_are_refused_when_it_is_opened(finish
 
 def test_a_head_that_is_trained_whole_has_its_new_rows_trained_with_it(bases, tmp_path):
     run = make(bases["untied"], tk.LoRA(rank=4, trained_modules=("lm_head",))).run(tmp_path / "run")
-    assert run.generate("use 1", max_new_tokens=8) == "<think>no<tool>"
+    assert run.generate("use 1", max_new_tokens=8) == "<think><tool>"
     close(logits(AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "export"))), run)
 
 
@@ -244,7 +244,7 @@ def test_over_a_bfloat16_base_the_rows_are_trained_saved_and_restored_in_float32
     model = tk.open_run(run.directory)._model(tuned=True).model
     (row,) = [value for key, value in model.named_parameters() if "trainable_tokens" in key]
     assert torch.equal(row, saved)
-    assert run.generate("use 1", max_new_tokens=8) == "<think>no<tool>"
+    assert run.generate("use 1", max_new_tokens=8) == "<think><tool>"
     assert torch.equal(logits(model), logits(run._model(tuned=True).model))
 
 
