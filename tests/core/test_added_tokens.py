@@ -135,6 +135,8 @@ def test_validation_preview_and_plan_count_an_added_token_as_one(bases):
     more = sum((len(token) - 1) * row["completion"].count(token) for row in ROWS for token in TOKENS)
     counted = [sum(row.learned for row in pipeline.preview(rows=8).rows) for pipeline in (with_tokens, without)]
     assert counted[1] - counted[0] == more
+    alone = tk.preview(tk.InMemory(rows=ROWS), model=str(bases["untied"]), rows=8, added_tokens=TOKENS)
+    assert alone == with_tokens.preview(rows=8)
     plans = [pipeline.plan() for pipeline in (with_tokens, without)]
     reports = [pipeline.validate() for pipeline in (with_tokens, without)]
     for plan, report in zip(plans, reports, strict=True):
@@ -266,6 +268,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end_bit_for_bit(bases, tmp_path,
     files = [sorted((run.directory / "adapter").glob("*.safetensors")) for run in (whole, resumed)]
     for one, other in zip(*files, strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("tied", "lora"), ("untied", "qlora"), ("padded", "full")])
+def test_the_numerics_are_verified_with_them(bases, kind, name):
+    found = make(bases[kind], METHODS[name], steps=4).verify()
+    assert found.ok, str(found)
 
 
 def test_the_recipe_keeps_them(bases, tmp_path):

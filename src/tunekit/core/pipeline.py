@@ -176,10 +176,10 @@ class Pipeline:
         the method's start and its base, what was saved and what is loaded, merged and live, resumed and uninterrupted.
         """
         self.check()
-        codec, trainer, device = self._codec(), shortened(self.trainer), choose_device(self.device)
+        codec, trainer, device = self._base.codec(self.template), shortened(self.trainer), choose_device(self.device)
         room = context_length(self._base.config())
         rows = some_rows(self.data, trainer, codec, room and room - self.adapter.extra_tokens())
-        context = self._context(device=device, steps=trainer.planned_steps(len(rows)))
+        context = self._context(device, codec=codec, total_steps=trainer.planned_steps(len(rows)))
         load = partial(load_base, self._base, self._quantizer, codec, context)
         parts: dict[str, Any] = {"adapter": self.adapter, "quantizer": self._quantizer, "trainer": trainer}
         return Bench(**parts, codec=codec, rows=rows, context=context, load=load).verification()

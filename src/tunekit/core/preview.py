@@ -171,7 +171,7 @@ def preview(
         DataError: there are no rows, or one cannot be used.
         ConfigError: the model or the template cannot be used.
     """
-    base = Base(model=model, revision=revision, trust_remote_code=trust_remote_code)
+    base = Base(model=model, revision=revision, trust_remote_code=trust_remote_code, added_tokens=tuple(added_tokens))
     base.check()
     return first_rows(base, source, template, trainer or default_registry().find("trainer", "sft")(), rows)
 
