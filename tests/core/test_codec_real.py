@@ -111,12 +111,12 @@ def usable(talk):
     return talk if in_turn and all(content.strip() for _, content in talk) else None
 
 
-def sample(data):
-    """100 random rows of every data set, or all of a smaller one."""
+def sample(data, count=100):
+    """Random rows of every data set, or all of a smaller one."""
     for name, talks in conversations(data):
         good = [talk for talk in map(usable, talks) if talk]
         assert good, name
-        for talk in random.Random(name).sample(good, min(100, len(good))):
+        for talk in random.Random(name).sample(good, min(count, len(good))):
             yield name, [{"role": role, "content": content} for role, content in talk]
 
 
@@ -129,14 +129,26 @@ def learned(codec, row):
     return [decode([*before, *(token for _, token in group)])[skip:] for supervised, group in stretches if supervised]
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+WHOLE = {
+    ("chatml", "no bos"),
+    ("chatml", "end only in the template"),
+    ("llama-3", "bos"),
+    ("mistral", "pad is end"),
+    ("gemma", "no bos"),
+    ("alpaca", "bos"),
+}
+"""Each template and each tokenizer on 100 rows of every data set; the other pairs on 15, to save time."""
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("template", ENDS)
 def test_what_carries_loss_is_what_the_assistant_says_and_its_end(template, tokenizer, shared):
     """Traps M1 to M5, M7, M9 and M10."""
-    codec = Codec(tokenizer(), TEMPLATES[template])
+    most = 100 if (template, tokenizer) in WHOLE else 15
+    codec = Codec(TOKENIZERS[tokenizer](), TEMPLATES[template])
     end = ENDS[template] or codec.tokenizer.eos_token
     count = 0
-    rows = list(sample(shared / "data"))
+    rows = list(sample(shared / "data", most))
     ahead = codec.ahead({"messages": messages} for _, messages in rows)
     for (name, messages), example in zip(rows, ahead, strict=True):
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -150,7 +162,7 @@ def test_what_carries_loss_is_what_the_assistant_says_and_its_end(template, toke
         begins = codec.tokenizer.bos_token_id
         assert row["input_ids"].count(begins) == (row["input_ids"][0] == begins)
         count += 1
-    assert count > 1300
+    assert count > (1300 if most == 100 else 200)
 
 
 @pytest.mark.parametrize("template", ["mistral", "alpaca"])
