@@ -28,6 +28,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "text-files": {"path": "books/*.txt"},
     "mixture": {"sources": (tk.JsonLines(path="a.jsonl"), tk.JsonLines(path="b.jsonl")), "weights": (3.0, 1.0)},
     "filtered": {"source": tk.JsonLines(path="train.jsonl"), "min_length": 20},
+    "retention": {"source": tk.TextFiles(path="general/*.txt")},
+    "samples": {"prompts": ("What is 2 + 3?", "Tell me of the sea.")},
     "split": {"source": tk.JsonLines(path="train.jsonl")},
     "in-memory": {"rows": [{"prompt": "What is 2 + 3?", "completion": "5"}]},
 }

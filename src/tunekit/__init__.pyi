@@ -77,7 +77,9 @@ from .plugins.evaluators.classification import Classification as Classification
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
 from .plugins.evaluators.numeric_answer import NumericAnswer as NumericAnswer
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
+from .plugins.evaluators.retention import Retention as Retention
 from .plugins.evaluators.rouge import Rouge as Rouge
+from .plugins.evaluators.samples import Samples as Samples
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy
 from .plugins.evaluators.token_f1 import TokenF1 as TokenF1
 from .plugins.observers.csv import Csv as Csv

@@ -419,7 +419,7 @@ def test_an_unknown_name_says_how_a_class_of_ones_own_is_made_known(registry_wit
     [
         ({"name": "My_Score"}, "must be kebab-case"),
         ({"name": "a/b"}, "must be kebab-case"),
-        ({"better": {}}, "must say in `better`"),
+        ({"better": None}, "must say in `better`"),
         ({"use": attrs.field(default=1), "__annotations__": {"use": int}}, "no field may be called 'use'"),
     ],
 )

@@ -6,6 +6,7 @@ import tunekit as tk
 from tunekit.core.interfaces import INTERFACES
 from tunekit.core.registry import Registry
 from tunekit.testing import parametrize
+from tunekit.testing.harness import ROWS
 
 TABLE = Path(__file__).with_name("table") / "train.csv"
 REPEATED = [{"prompt": f"number {number % 30}", "completion": "a"} for number in range(60)]
@@ -57,11 +58,25 @@ TRAINERS = (
         arguments={"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     ),
 )
-EVALUATORS = (tk.Perplexity(), tk.TokenAccuracy(), tk.ExactMatch(max_new_tokens=12), tk.Classification())
+EVALUATORS = (
+    tk.Perplexity(),
+    tk.TokenAccuracy(),
+    tk.ExactMatch(max_new_tokens=12),
+    tk.Classification(),
+    tk.Samples(prompts=("one", "two"), max_new_tokens=4),
+)
 
 
 @parametrize(*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS)
 def test_conformance(component, check):
+    check(component)
+
+
+RETENTION = tk.Retention(source=tk.InMemory(rows=ROWS))
+
+
+@parametrize(RETENTION, expected_failures={"points_the_right_way": "forgetting is 0 outside of a run"})
+def test_conformance_of_what_compares_with_the_base_of_a_run(component, check):
     check(component)
 
 
@@ -106,7 +121,7 @@ def test_every_builtin_is_listed_here():
     offered = {(kind, name) for kind in INTERFACES for name in registry.names(kind)}
     listed = {
         (component.kind, component.name)
-        for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS, *ANSWER_EVALUATORS)
+        for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS, *ANSWER_EVALUATORS, RETENTION)
     }
     assert offered - listed == set(), "list it above, so that it is checked"
 

@@ -44,6 +44,8 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("evaluator", "bleu", "tunekit.plugins.evaluators.bleu:Bleu"),
     Lazy("evaluator", "chrf", "tunekit.plugins.evaluators.chrf:Chrf"),
     Lazy("evaluator", "rouge", "tunekit.plugins.evaluators.rouge:Rouge"),
+    Lazy("evaluator", "retention", "tunekit.plugins.evaluators.retention:Retention"),
+    Lazy("evaluator", "samples", "tunekit.plugins.evaluators.samples:Samples"),
 )
 """Every built-in; the class behind `module:Class` is `tunekit.Class`."""
 
