@@ -33,6 +33,7 @@ PAGES = [
     "docs/concepts.md",
     "docs/data.md",
     "docs/quantization.md",
+    "docs/comparison.md",
     "docs/reliability.md",
     "docs/writing-a-plugin.md",
     "docs/security.md",

@@ -71,3 +71,17 @@ def test_a_real_model_learns_real_data_and_plain_peft_reads_what_it_learned(shar
         assert (theirs(ids).logits - ours.model(ids).logits).abs().max() < 1e-5
         with theirs.disable_adapter():
             assert (theirs(ids).logits - ours.model(ids).logits).abs().max() > 1
+
+
+def test_five_methods_are_compared_on_the_users_own_model_and_data(tiny_directory, tmp_path):
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(12)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = ("--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--directory", tmp_path / "compare")
+    arguments += ("--steps", 1, "--seeds", 0, "--rates", 0.01)
+    shown = run("compare_methods.py", *arguments)
+    names = ["lora-lr-0.01", "ia3-lr-0.01", "loha-lr-0.01", "lokr-lr-0.01", "bottleneck-lr-0.01"]
+    assert re.findall(r"^([a-z0-9]+-lr-\S+) ", shown, re.MULTILINE) == names
+    assert re.search(r"^the best by perplexity: \S+-lr-0.01; its first run is in ", shown, re.MULTILINE)
+    found = tk.open_comparison(tmp_path / "compare")
+    assert [arm.name for arm in found.arms] == names
+    assert not found.failures
