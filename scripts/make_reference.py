@@ -86,7 +86,9 @@ def component_page(cls: Any) -> list[str]:
     made = cls(**REQUIRED.get(cls.name, {}))
     table = recipe.to_table(made, default_registry())
     key = {"source": "data", "evaluator": "evaluators"}.get(cls.kind, cls.kind)
-    toml = f"[[{key}]]\n{tomli_w.dumps(table)}" if cls.kind == "evaluator" else tomli_w.dumps({key: table})
+    toml = tomli_w.dumps({key: table})
+    if cls.kind == "evaluator":  # a pipeline has several
+        toml = toml.replace(f"[{key}]", f"[[{key}]]", 1)
     values = {field.name: getattr(made, field.name) for field in attrs.fields(cls)}
     call = "".join(f"\n    {name}={show(value)}," for name, value in values.items() if value is not None)
     lines = [f"# `tk.{cls.__name__}`", "", f'{cls.kind}; in a recipe `use = "{cls.name}"`.', "", prose(cls), ""]
