@@ -171,6 +171,11 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_one_that_was_not(compared
     pipeline = make(tiny_directory, trainer=tk.SFT(batch_size=4, save_every=1))
     with pytest.raises(KeyboardInterrupt):
         tk.compare(pipeline, METHODS, observers=[Interrupts("ia3", max(step, 1))], **options)
+    stopped = tk.open_comparison(tmp_path)
+    assert [arm.runs[0].error for arm in stopped.arms] == [None, "not run yet"]
+    assert not stopped.failures
+    assert re.search(r"^ia3 +unfinished ", str(stopped), re.MULTILINE)
+    assert str(stopped).endswith("\n\n3 runs are not made yet")
     if not step:
         shutil.rmtree(tmp_path / "ia3/seed-0/checkpoints")
     whole = tk.compare(pipeline, METHODS, **options)

@@ -14,7 +14,7 @@ from tunekit.core import arms, dataset, fingerprint, recipe
 from tunekit.core import run as files
 from tunekit.core.arms import Method
 from tunekit.core.budget import Budget, Steps, Tokens, tokens_of_steps
-from tunekit.core.comparison import Arm, ArmRun, Comparison, run_directory
+from tunekit.core.comparison import NOT_YET, Arm, ArmRun, Comparison, run_directory
 from tunekit.core.component import Context
 from tunekit.core.gauge import MEASURED, Gauge
 from tunekit.core.interfaces import AdapterMethod
@@ -234,7 +234,7 @@ def _figures(trial: Trial, errors: Mapping[Path, str]) -> ArmRun:
     """What is known of a run, from its directory."""
     seed = trial.pipeline.seed
     if not (trial.directory / files.RESULT).is_file():
-        return ArmRun(seed=seed, steps=trial.steps, error=errors.get(trial.directory, "not run yet"))
+        return ArmRun(seed=seed, steps=trial.steps, error=errors.get(trial.directory, NOT_YET))
     result = files.read_json(trial.directory / files.RESULT)
     measured = trial.directory / MEASURED
     return ArmRun(

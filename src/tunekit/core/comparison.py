@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "comparison.json"
+NOT_YET = "not run yet"
+"""The error of a run that was not made: the comparison goes on, or was stopped."""
 Direction = Literal["min", "max"]
 COSTS: Mapping[str, Direction] = {
     "trainable_parameters": "min",
@@ -126,7 +128,7 @@ class Comparison:
     @property
     def failures(self) -> list[str]:
         """Each run that failed, and why."""
-        return [f"{arm.name}, seed {run.seed}: {run.error}" for arm in self.arms for run in arm.runs if run.error]
+        return [f"{arm.name}, seed {run.seed}: {run.error}" for arm, run in self._lacking() if run.error != NOT_YET]
 
     def best(self, metric: str) -> Arm:
         """The arm with the best mean of a metric, among those of which no run failed.
@@ -190,6 +192,7 @@ class Comparison:
             f"{self.budget} each, {seeds}" + ("; mean ± half of its 95 % interval" if len(self.seeds) > 1 else ""),
             table([header[at] for at in kept], [[line[at] for at in kept] for line in lines]),
             "\n".join(f"failed: {failure}" for failure in self.failures),
+            f"{waiting} runs are not made yet" if (waiting := len(list(self._lacking())) - len(self.failures)) else "",
         ]
         return "\n\n".join(filter(None, parts))
 
@@ -203,6 +206,10 @@ class Comparison:
             row[f"base_{metric}"] = arm.mean(f"base_{metric}")[0]
         errors = "; ".join(run.error for run in arm.runs if run.error)
         return {**row, **{cost: arm.mean(cost)[0] for cost in COSTS}, "error": errors or None}
+
+    def _lacking(self) -> Iterator[tuple[Arm, ArmRun]]:
+        """The runs that did not finish."""
+        return ((arm, run) for arm in self.arms for run in arm.runs if run.error)
 
     def _bases(self) -> Iterator[tuple[str | None, list[str]]]:
         """Each scheme that a base is stored in, and the metrics of that base."""
@@ -221,8 +228,9 @@ class Comparison:
             "seconds": lambda number: f"{number:,.1f}",
         }
         costs = {name: arm.mean(name)[0] for name in COSTS}
+        state = "failed" if any(run.error not in (None, NOT_YET) for run in arm.runs) else "unfinished"
         return [
-            *("failed" if not arm.finished else _quality(*arm.mean(metric)) for metric in self.better),
+            *(state if not arm.finished else _quality(*arm.mean(metric)) for metric in self.better),
             "-" if arm.learning_rate is None else f"{arm.learning_rate:g}",
             *("-" if costs[name] is None else show(costs[name]) for name, show in shown.items()),
         ]
