@@ -136,3 +136,22 @@ def test_every_module_returns_to_the_mode_it_was_in():
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
     assert [module.training for module in model.modules()] == before
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_what_is_supervised(model, tokenizer):
+    codec = Codec(tokenizer)
+    answers = ["Grüße", "two  words", "🌳"]
+    talks = [
+        {"messages": [{"role": "user", "content": "q" * 9}, {"role": "assistant", "content": answer}] * 2}
+        for answer in answers
+    ]
+    texts = ["a text of its own", "Öl"]
+    rows = [codec.encode(row) for row in (*talks, *({"text": text} for text in texts))]
+    # Nothing predicts the first token of a text, here its first byte; a letter that it cuts in two counts whole.
+    size = 2 * sum(len(answer.encode()) for answer in answers) + sum(len(text.encode()) for text in texts) - 1
+    losses, _ = one_by_one(model, rows)
+    found = Perplexity().evaluate(model, tokenizer, rows, CONTEXT)["bits_per_byte"]
+    assert found == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-6)
+    talked = Perplexity().evaluate(model, tokenizer, rows[:3], CONTEXT)["bits_per_byte"]
+    told = sum(one_by_one(model, rows[:3])[0])
+    assert talked == pytest.approx(told / math.log(2) / (2 * sum(len(answer.encode()) for answer in answers)), rel=1e-6)

@@ -114,7 +114,8 @@ def text_bytes(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> int:
 
     def before(end: int) -> int:
         text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return len(text.encode(errors="replace"))
+        # A character that the border cuts in two is decoded as U+FFFD, and counts where it ends.
+        return len(text.rstrip("\ufffd").encode(errors="replace"))
 
     # With what stands before: on its own, some tokenizers decode a text without the blank it begins with.
     ends = [*borders, len(ids)] if len(borders) % 2 else borders
