@@ -57,7 +57,7 @@ def pages() -> dict[str, str]:
     hooks = {name: found for name, found in vars(hookspecs).items() if name.startswith("tunekit_")}
     made = {
         "README.md": index(),
-        "pipeline.md": [*class_page(tk.Pipeline), *class_page(tk.Run)],
+        "pipeline.md": [line for cls in (tk.Pipeline, tk.Run, tk.RunReport) for line in class_page(cls)],
         "validation.md": ["# Validation", "", *functions({"tk.validate": tk.validate}), *lower(class_page(tk.Report))],
         "comparison.md": comparison,
         "observers.md": ["# Observers", "", *observers],

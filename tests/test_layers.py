@@ -89,6 +89,8 @@ ORDER = [
     "core.plan",
     "core.model_card",
     "core.export",
+    "core.overview",
+    "core.run_report",
     "core.result",
     # where all meet
     "core.verification",

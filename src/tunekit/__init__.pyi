@@ -42,6 +42,7 @@ from .core.report import Report as Report
 from .core.result import Run as Run
 from .core.row_source import RowSource as RowSource
 from .core.run import RunLog as RunLog
+from .core.run_report import RunReport as RunReport
 from .core.schemas import from_example as from_example
 from .core.schemas import to_example as to_example
 from .core.validation import validate as validate

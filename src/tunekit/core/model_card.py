@@ -28,11 +28,11 @@ def model_card(run: Path, report: Mapping[str, Any]) -> str:
         ["base model", base["model"]],
         ["revision", base["revision"] or base["commit"] or "not stated"],
         ["base weights", f"sha256 of samples {str(base['weights_sha256'])[:16]}"],
-        ["method", f"{made}: {_fields(table['adapter'])}"],
+        ["method", f"{made}: {_component(table['adapter'])}"],
         ["quantizer in training", next((name for name in names if name.startswith("quantizer/")), "none")],
-        ["data", _fields(table["data"])],
+        ["data", _component(table["data"])],
         ["rows", f"{rows['train']} trained on, {rows['validation']} held out"],
-        ["trainer", _fields(table["trainer"])],
+        ["trainer", _component(table["trainer"])],
         ["steps", result["training"]["steps"]],
         ["seed", environment["seed"]],
         ["dtype in training", environment["dtype"]],
@@ -73,16 +73,19 @@ def _cost(report: Mapping[str, Any]) -> list[str]:
     return ["", f"The metrics are those before the merged weights were quantized to {scheme} again: {measured}."]
 
 
-def _fields(table: Mapping[str, Any]) -> str:
-    """A component of a recipe in one line; rows that stand in it are left out."""
-    shown = [f"{name}={_portable(value)}" for name, value in table.items() if name not in ("use", "rows")]
-    return f"`{table['use']}` {', '.join(shown)}".strip()
+def fields_line(table: Mapping[str, Any]) -> str:
+    """The fields of a component of a recipe in one line; rows that stand in it are left out."""
+    return ", ".join(f"{name}={portable(value)}" for name, value in table.items() if name not in ("use", "rows"))
 
 
-def _portable(value: Any) -> Any:
+def _component(table: Mapping[str, Any]) -> str:
+    return f"`{table['use']}` {fields_line(table)}".strip()
+
+
+def portable(value: Any) -> Any:
     """A path as its last name: the way there is of one machine only."""
     if isinstance(value, list):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
         return PureWindowsPath(value).name
     return value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, added_tokens, checkpoint, dataset, fingerprint, recipe, secrets
+from tunekit.core import adapter_files, added_tokens, checkpoint, dataset, fingerprint, recipe, run_report, secrets
 from tunekit.core import run as files
 from tunekit.core.codec import Codec
 from tunekit.core.component import Component, Context, check_requirements
@@ -206,8 +206,7 @@ class Pipeline:
         told = Observers(default_registry(), observers)
         if not resume:
             files.check_free(directory)
-        device = choose_device(self.device)
-        codec = self._base.codec(self.template)
+        device, codec = choose_device(self.device), self._base.codec(self.template)
         data = self._data(codec, context_length(self._base.config()))
         steps = self.trainer.planned_steps(len(data.train))
         context = self._context(device, codec=codec, total_steps=steps, run_directory=directory)
@@ -221,6 +220,7 @@ class Pipeline:
                 log.end(error)
                 raise
             log.end()
+            run_report.leave(log, data, codec, self.trainer, context)
             return run
 
     def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context, found: Opened) -> Run:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tunekit.core.table import table
+from tunekit.core.table import html_table, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,8 +44,14 @@ class Plan:
     changed: Mapping[str, int]
 
     def __str__(self) -> str:
+        return table(["plan", ""], self._lines())
+
+    def _repr_html_(self) -> str:
+        return html_table(["plan", ""], self._lines())
+
+    def _lines(self) -> list[list[str]]:
         share = self.trainable_parameters / self.total_parameters
-        lines = [
+        return [
             ["training rows", f"{self.rows:,}"],
             [
                 "validation rows",
@@ -63,7 +69,6 @@ class Plan:
             *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items()),
             *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in self.changed.items()),
         ]
-        return table(["plan", ""], lines)
 
 
 def count_parameters(model: "nn.Module") -> tuple[int, int]:

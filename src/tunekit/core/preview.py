@@ -188,18 +188,28 @@ def first_rows(base: Base, source: DataSource, template: str | None, trainer: An
             raise DataError(f"row {number}: {error}") from None
     if not encoded:
         raise DataError("the data has no rows")
-    return Preview(_rows(encoded, codec, min(bounds, default=None)))
+    return Preview(of_encoded(encoded, codec, min(bounds, default=None)))
 
 
-def _rows(encoded: Sequence[Encoded], codec: Codec, limit: int | None) -> list[PreviewedRow]:
-    """From what the model is given: the padded batch, back to text."""
+def of_encoded(
+    encoded: Sequence[Encoded], codec: Codec, limit: int | None = None, tokens: int | None = None
+) -> list[PreviewedRow]:
+    """From what the model is given, the padded batch, back to text.
+
+    Args:
+        encoded: the rows.
+        codec: by which they were encoded.
+        limit: the longest row that the trainer and the model take, in tokens; None where nothing bounds it.
+        tokens: so many are shown of each row, the first, and what is left out is counted; None for all.
+    """
     batch = {name: tensor.tolist() for name, tensor in collate(encoded, pad_id(codec.tokenizer)).items()}
     made = []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         count = sum(mask)
+        shown = count if tokens is None else tokens
         made.append(
             PreviewedRow(
-                stretches=_stretches(ids[:count], labels[:count], codec),
+                stretches=_stretches(ids[: min(count, shown)], labels[:count], codec) + _rest(count - shown),
                 tokens=count,
                 learned=sum(label != IGNORED for label in labels),
                 padding=len(ids) - count,
@@ -227,6 +237,10 @@ def _stretches(ids: Sequence[int], labels: Sequence[int], codec: Codec) -> list[
         made.append(Stretch(text if "control" in of else lookalike.sub(r"\\\g<0>", text), of))
         before = whole
     return made
+
+
+def _rest(tokens: int) -> list[Stretch]:
+    return [Stretch(f" ... and {tokens:,} tokens more", "given")] if tokens > 0 else []
 
 
 def _visible(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -13,7 +14,7 @@ import attrs
 from tunekit.core.corrected import Corrected
 from tunekit.core.data_figures import Distribution, Figures, compact
 from tunekit.core.findings import WIDTH, Finding, Group, grouped, listing, many
-from tunekit.core.table import table
+from tunekit.core.table import html_table, table
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -101,18 +102,29 @@ class Report:
         return {"ok": self.ok, "groups": groups, "problems": [attrs.asdict(found) for found in self.problems], **fields}
 
     def __str__(self) -> str:
+        tables = [table(["data", *self.splits], self._data()), table(["training", ""], self._training())]
+        return "\n\n".join(filter(None, [self._verdict(), *tables, *self._listings()]))
+
+    def _repr_html_(self) -> str:
+        tables = html_table(["data", *self.splits], self._data()) + html_table(["training", ""], self._training())
+        listings = "\n\n".join(filter(None, self._listings()))
+        return f"<p><b>{escape(self._verdict())}</b></p>{tables}" + (
+            f"<pre>{escape(listings)}</pre>" if listings else ""
+        )
+
+    def _verdict(self) -> str:
+        verdict = "ok" if self.ok else "not ok"
+        return f"validation: {verdict}, {many(len(self.errors), 'error')}, {many(len(self.warnings), 'warning')}"
+
+    def _listings(self) -> list[str]:
+        """Errors, warnings and advice; an empty text for each that is not there."""
         errors = [group for group in self.groups if group.severity == "error"]
         warnings = [group for group in self.groups if group.severity == "warning"]
-        verdict = "ok" if self.ok else "not ok"
-        parts = [
-            f"validation: {verdict}, {many(len(self.errors), 'error')}, {many(len(self.warnings), 'warning')}",
-            table(["data", *self.splits], self._data()),
-            table(["training", ""], self._training()),
+        return [
             listing("errors, at which a run stops", errors),
             listing("warnings, with which a run goes on", warnings),
             "\n".join(fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ") for text in self.advice),
         ]
-        return "\n\n".join(filter(None, parts))
 
     def _data(self) -> list[list[str]]:
         """A line for each figure, a column for each split; a figure that no split has is left out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,8 @@ from tunekit.core.evaluation import generate
 from tunekit.core.export import Parts, export
 from tunekit.core.fields import did_you_mean
 from tunekit.core.model import Loaded
-from tunekit.core.table import table
+from tunekit.core.run_report import RunReport
+from tunekit.core.table import html_table, table
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +84,13 @@ class Run:
         found = sorted((self.directory / files.EVALUATIONS).glob("*.json"))
         return {path.stem: files.read_json(path) for path in found}
 
+    def report(self) -> RunReport:
+        """All of it on one HTML page: data, plan, curves, metrics, answers, notes; `run.report().save("first.html")`.
+
+        `report.html` in the run directory is the same, as it was when the run finished.
+        """
+        return RunReport(self.directory)
+
     def generate(self, prompt: str | Sequence[Message], *, max_new_tokens: int = 128, tuned: bool = True) -> str:
         """The model's greedy answer, asked through the same template as in training.
 
@@ -123,11 +132,17 @@ class Run:
         return export(self.directory, self._parts, Path(directory), dtype, live)
 
     def __str__(self) -> str:
-        rows = [[name, _show(self.base_metrics.get(name)), _show(value)] for name, value in self.metrics.items()]
-        return table(["metric", "base", "tuned"], rows) if rows else f"run in {self.directory}: no metrics"
+        return table(*found) if (found := self._table())[1] else f"run in {self.directory}: no metrics"
+
+    def _repr_html_(self) -> str:
+        return html_table(*found) if (found := self._table())[1] else f"<p>{escape(str(self))}</p>"
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, metrics={json.dumps(self.metrics)})"
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [[name, _show(self.base_metrics.get(name)), _show(value)] for name, value in self.metrics.items()]
+        return ["metric", "base", "tuned"], rows
 
     def _model(self, tuned: bool) -> Loaded:
         if tuned not in self._models:
