@@ -77,6 +77,7 @@ ORDER = [
     "core.report",
     "core.validation",
     # one run
+    "core.parallel",
     "core.checkpoint",
     "core.observers",
     "core.lock",

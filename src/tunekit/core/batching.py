@@ -113,3 +113,9 @@ def lengths(rows: Sequence[Encoded]) -> list[int]:
     """Tokens of each row; rows in a store know them without being read."""
     known: list[int] | None = getattr(rows, "lengths", None)
     return [len(row["input_ids"]) for row in rows] if known is None else known
+
+
+def shortest_and_longest(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Two rows that no other is shorter or longer than: what goes well with them does so with all."""
+    by_length = sorted(range(len(rows)), key=lengths(rows).__getitem__)
+    return [rows[by_length[0]], rows[by_length[-1]]]

@@ -20,6 +20,7 @@ from tunekit.core.gauge import MEASURED, Gauge
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.measuring import check_names
 from tunekit.core.model import Base, choose_device, context_length
+from tunekit.core.parallel import check_alone
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
 from tunekit.core.secrets import redacted
@@ -79,6 +80,7 @@ def compare(
             that holds runs of another pipeline, base or other rows; methods that would not see the same rows.
     """
     directory, seeds, observers = Path(directory), tuple(seeds), tuple(observers)
+    check_alone("a comparison")
     _check_arguments(budget, seeds, learning_rates)
     check_names(pipeline.evaluators)
     methods = arms.methods(pipeline, (pipeline.adapter,) if adapters is None else tuple(adapters), learning_rates)

@@ -176,6 +176,8 @@ class Trainer(Component):
     """Longest row in tokens; None means the context length of the model."""
     on_long: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to a longer row ("split": plain texts, into windows); each is counted in the plan and the result."""
+    several_processes: ClassVar[bool] = False
+    """Whether `fit` shares the rows of a step among the processes of a run; if not, a run over several is refused."""
 
     @abstractmethod
     def planned_steps(self, rows: int) -> int:

@@ -12,6 +12,7 @@ from tunekit.core.answers import Asked
 from tunekit.core.component import Context
 from tunekit.core.evaluation import evaluating
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.parallel import ALONE, Processes
 from tunekit.core.run import EVALUATIONS, START, read_json, write_json
 from tunekit.core.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
 from tunekit.errors import ConfigError, TrainingError
@@ -81,6 +82,7 @@ class Measuring:
         tokenizer: the model's.
         rows: the held-out rows; nothing is measured without.
         context: the facts of the run.
+        processes: those of the run; the first measures, so that each row counts once, and the others wait.
         step: optimizer steps taken.
     """
 
@@ -88,6 +90,7 @@ class Measuring:
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[Encoded]
     context: Context
+    processes: Processes = ALONE
     step: int = 0
 
     def counting(self, after_step: Callable[[nn.Module, int], None]) -> Callable[[nn.Module, int], None]:
@@ -101,6 +104,9 @@ class Measuring:
 
     def measure(self, model: nn.Module, name: str | None = None) -> Mapping[str, float]:
         """The metrics of `model`; kept as `name`, else under the number of the step."""
+        return self.processes.shared(lambda: dict(self._measure(model, name)))
+
+    def _measure(self, model: nn.Module, name: str | None) -> Measured:
         directory, context = self.context.run_directory, self.context
         if directory and name != BASE:
             context = attrs.evolve(context, base_metrics=read_json(directory / START)["base_metrics"])

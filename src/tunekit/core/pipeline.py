@@ -22,6 +22,7 @@ from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Exampl
 from tunekit.core.measuring import Measuring, check_names, check_rows
 from tunekit.core.model import Base, Loaded, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.observers import Observers
+from tunekit.core.parallel import join
 from tunekit.core.plan import Plan, count_parameters, standing_memory
 from tunekit.core.preview import Preview, first_rows
 from tunekit.core.registry import default_registry
@@ -32,7 +33,6 @@ from tunekit.core.run import RunLog
 from tunekit.core.validation import validate
 from tunekit.core.verification import Verification, shortened, some_rows
 from tunekit.core.verify import Bench
-from tunekit.core.writing import naming
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -204,15 +204,17 @@ class Pipeline:
         directory = Path(directory)
         self.check()
         told = Observers(default_registry(), observers)
+        processes, device = join(self.trainer, choose_device(self.device))
         if not resume:
-            files.check_free(directory)
-        device, codec = choose_device(self.device), self._base.codec(self.template)
-        data = self._data(codec, context_length(self._base.config()))
+            processes.first(partial(files.check_free, directory))
+        codec = self._base.codec(self.template)
+        data = processes.in_turn(lambda: self._data(codec, context_length(self._base.config())))
+        processes.check_same("what the data source gives", data.fingerprint)
         steps = self.trainer.planned_steps(len(data.train))
         context = self._context(device, codec=codec, total_steps=steps, run_directory=directory)
 
-        with opened(directory, self._facts(codec, data, context), steps, resume) as found:
-            log = RunLog(directory=directory, observers=told, resumed=found.checkpoint)
+        with opened(directory, self._facts(codec, data, context), steps, resume, processes) as found:
+            log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
             log.begin(steps, found.notes)
             try:
                 run = self._train(log, codec, data, context, found)
@@ -228,7 +230,7 @@ class Pipeline:
 
         began = time.monotonic()
         base = load_base(self._base, self._quantizer, codec, context)
-        measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context)
+        measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
         if not log.resumed:
             found.start(measuring.measure(base, "base"))
 
@@ -255,8 +257,7 @@ class Pipeline:
         )
 
         checkpoint.check_moved(model, before)
-        with naming(log.directory / files.ADAPTER, files.RESUMABLE):
-            adapter_files.save(log.directory / files.ADAPTER, self.adapter, model, found.facts.base, codec)
+        log.write(files.ADAPTER, lambda at: adapter_files.save(at, self.adapter, model, found.facts.base, codec))
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
         empty = partial(self._base.empty, added_ids=context.added_ids)
         plain = self.adapter.attach(empty(), context) if self._quantizer else model
@@ -274,8 +275,7 @@ class Pipeline:
             "resumes": started["resumes"],
             "seconds": round(time.monotonic() - began, 3),
         }
-        with naming(log.directory / files.RESULT, files.RESUMABLE):
-            files.write_json(log.directory / files.RESULT, result)
+        log.write(files.RESULT, lambda at: files.write_json(at, result))
         return self._finished(log.directory, Loaded(model=model.eval(), codec=codec, context=context))
 
     # Its parts --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import attrs
 
 from tunekit.core import checkpoint, fingerprint, recipe
 from tunekit.core.checkpoint import Checkpoint
+from tunekit.core.parallel import ALONE, Processes
 from tunekit.core.run import (
     ADAPTER,
     CHECKPOINTS,
@@ -77,6 +78,7 @@ class Opened:
         changed: what a forced resume goes on in spite of.
         libraries: versions of libraries that are others than before.
         notes: what is to be written to the log.
+        writes: whether this process is the one that writes.
     """
 
     directory: Path
@@ -85,13 +87,17 @@ class Opened:
     changed: Sequence[str] = ()
     libraries: Sequence[str] = ()
     notes: Sequence[str] = ()
+    writes: bool = True
 
     def start(self, base_metrics: Mapping[str, float]) -> None:
         """Write down what the base measures: the run that begins has come so far."""
-        self.facts.start(self.directory, base_metrics)
+        if self.writes:
+            self.facts.start(self.directory, base_metrics)
 
     def record(self) -> None:
         """Write down that the run was resumed, and what changed: its checkpoint was found to fit."""
+        if not self.writes:
+            return
         started = read_json(self.directory / START)
         step = self.checkpoint.step if self.checkpoint else 0
         resumed = {"step": step, "changed": list(self.changed), "libraries": list(self.libraries)}
@@ -101,19 +107,33 @@ class Opened:
 
 
 @contextmanager
-def opened(directory: Path, facts: Facts, steps: int, resume: Resume) -> Iterator[Opened]:
+def opened(directory: Path, facts: Facts, steps: int, resume: Resume, processes: Processes = ALONE) -> Iterator[Opened]:
     """A run directory, locked, with recipe and environment in it, and what the run goes on from.
+
+    The first process opens it; the others read the checkpoint, and must see the directory.
 
     Args:
         directory: where it is; made if the run is new.
         facts: of the run.
         steps: the optimizer steps it plans.
         resume: False for a new run; "force" to go on though facts changed.
+        processes: those of the run.
 
     Raises:
         RunExists: it is taken, or another process is at work in it.
         ConfigError: it cannot be made, or not be gone on with; see `reopen`.
     """
+    with ExitStack() as stack:
+        found = processes.first(lambda: stack.enter_context(_opened(directory, facts, steps, resume)))
+        if found is None:
+            newest = checkpoint.newest(directory / CHECKPOINTS) if resume else None
+            found = Opened(directory=directory, facts=facts, checkpoint=newest, writes=False)
+        processes.check_same("the checkpoint to go on from", found.checkpoint and found.checkpoint.step)
+        yield found
+
+
+@contextmanager
+def _opened(directory: Path, facts: Facts, steps: int, resume: Resume) -> Iterator[Opened]:
     with taken(directory, bool(resume)) as note:
         found = Opened(directory=directory, facts=facts, notes=("started",))
         if resume:

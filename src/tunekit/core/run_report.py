@@ -107,8 +107,11 @@ class RunReport:
 def leave(log: files.RunLog, data: Data, codec: Codec, trainer: Trainer, context: Context) -> None:
     """Write `overview.json` and `report.html` of a run that finished.
 
-    Whatever goes wrong is noted in the log and raises nothing: the run is good without its report.
+    Whatever goes wrong is noted in the log and raises nothing: the run is good without its report. Of several processes
+    the first writes them.
     """
+    if not log.processes.is_first:
+        return
     try:
         rate = trainer.peak_learning_rate(context)
         overview.write(log.directory, data, codec, context.total_steps, rate)

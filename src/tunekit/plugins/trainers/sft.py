@@ -7,22 +7,25 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import attrs
 
 from tunekit.core import batching, rows_loss
 from tunekit.core.batching import Order
-from tunekit.core.checkpoint import set_random_states
+from tunekit.core.checkpoint import checksums
 from tunekit.core.codec import Codec, TrainOn
 from tunekit.core.component import Context
 from tunekit.core.evaluation import pad_id
 from tunekit.core.fields import at_least, between, did_you_mean, positive
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
+from tunekit.core.parallel import started
 from tunekit.core.rows_loss import RowsLoss
 from tunekit.core.signals import asked_to_stop
 from tunekit.errors import ConfigError, NotSupported, TrainingError
 from tunekit.plugins.trainers import optimization
+from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
 if TYPE_CHECKING:
@@ -31,16 +34,14 @@ if TYPE_CHECKING:
 
     from tunekit.core.run import RunLog
 
-AUTO_MICRO_BATCH_TOKENS = 4096
-"""Padded tokens in one forward pass where the user does not say how many rows."""
-
 
 @attrs.frozen(kw_only=True)
 class SFT(Trainer):
     """Supervised fine-tuning: next-token cross-entropy on what the assistant says.
 
     The loss of a step is the mean over all supervised tokens of its `batch_size` rows. How they are split into forward
-    passes never changes it.
+    passes, and among processes, never changes it. Where the memory does not suffice for a forward pass, the step begins
+    again with half as many rows in each; the log and the result say so.
 
     Args:
         epochs: passes over the training rows; ignored where max_steps is given.
@@ -51,8 +52,8 @@ class SFT(Trainer):
         optimizer: "adamw", "adamw-8bit" (bitsandbytes), "adafactor" or "sgd".
         weight_decay: decay of matrices per step, times the learning rate; vectors (biases, norms) are left alone.
         max_grad_norm: longer gradients are scaled down to this length; `float("inf")` for never.
-        batch_size: rows an optimizer step learns from.
-        micro_batch_size: rows in one forward pass, or "auto"; a matter of memory and speed alone.
+        batch_size: rows an optimizer step learns from, over all processes.
+        micro_batch_size: rows in one forward pass, at most, or "auto"; a matter of memory and speed alone.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
@@ -76,6 +77,7 @@ class SFT(Trainer):
     """
 
     name = "sft"
+    several_processes = True
 
     epochs: float = attrs.field(default=3, validator=[positive, between(0, math.inf)])
     max_steps: int | None = attrs.field(default=None, validator=at_least(1))
@@ -155,20 +157,23 @@ class SFT(Trainer):
             raise ConfigError("there are no held-out rows to measure it on", "SFT.keep_best")
         steps = self.planned_steps(len(train))
         save_every = self.save_every or batching.steps_per_epoch(len(train), self.batch_size)
-        accelerator = Accelerator(cpu=context.device == "cpu", device_placement=False)
+        accelerator, processes = Accelerator(cpu=context.device == "cpu", device_placement=False), started()
         peak = self.peak_learning_rate(context)
         share = optimization.schedule(self.schedule, self.warmup, steps)
         optimizer = optimization.make(self.optimizer, model, peak, self.weight_decay)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        so_far = SoFar()
+        so_far = SoFar(limits=Limits.of(self.micro_batch_size))
         if run.resumed:
             so_far = SoFar(**run.resumed.state["trainer"]["so_far"])
+            if not so_far.limits.halved:
+                so_far.limits = Limits.of(self.micro_batch_size)  # a forced resume may have another
             optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
         summed_loss = self._summed_loss(model, tokenizer, train, run, context)
-        model, optimizer = accelerator.prepare(model, optimizer)
+        # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer)
         model.train()
-        if run.resumed:
-            set_random_states(run.resumed.state["random"])  # last: nothing else may draw from them
+        run.draw(context.seed)  # last: nothing else may draw random numbers
 
         saved_at = time.monotonic()
         recomputing: AbstractContextManager[None] = nullcontext()
@@ -178,15 +183,27 @@ class SFT(Trainer):
             for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
                 rows = batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
                 tokens = sum(batching.supervised_tokens(train[at]) for at in rows)
-                losses = []
-                for group in self._micro_batches(rows, train, padded=not summed_loss.padding_free):
-                    # Divided by the tokens of the whole step: every token weighs the same however rows are split.
-                    part = summed_loss(model, [train[at] for at in group]) / tokens
-                    accelerator.backward(part)
-                    losses.append((part.item(), group))
-                extra = extra_loss(accelerator.unwrap_model(model))
+                attempt = partial(
+                    learn,
+                    step,
+                    processes.share(rows, batching.lengths([train[at] for at in rows])),
+                    train,
+                    so_far.limits,
+                    padded=not summed_loss.padding_free,
+                    loss=partial(_part, summed_loss, model, tokens),
+                    backward=accelerator.backward,
+                    clear=optimizer.zero_grad,
+                )
+                shares: list[Share] = processes.together(attempt)
+                losses = [one for share in shares for one in share.losses]
+                so_far.limits = smallest([share.limits for share in shares])
+                for note in [note for share in shares for note in share.notes]:
+                    run.note(note)
+                # Once a step: on the first process alone, since what all have is added up.
+                extra = extra_loss(accelerator.unwrap_model(model)) if processes.is_first else None
                 if extra is not None:
                     accelerator.backward(extra)
+                processes.add_gradients(trained)
                 norm = float(accelerator.clip_grad_norm_(trained, self.max_grad_norm))
                 loss = sum(part for part, _ in losses)
                 rate = peak * share(step - 1)
@@ -215,12 +232,18 @@ class SFT(Trainer):
                     if name := self.keep_best:
                         is_best = so_far.is_best(step, measured[name], context.better[name])
                 due = step % save_every == 0 or time.monotonic() - saved_at >= 60 * (self.save_minutes or math.inf)
-                if ((due or is_best) and step < steps) or asked.by:
+                # Signals and clocks are of one process; what they ask for, all do at the same step.
+                asks = processes.gather((asked.by, due))
+                stop, due = next((by for by, _ in asks if by), None), asks[0][1]
+                if ((due or is_best) and step < steps) or stop:
                     way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
                     state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                     run.save(step, accelerator.unwrap_model(model), state, self.keep, so_far.best_step)
                     saved_at = time.monotonic()
-                asked.leave()
+                if stop:
+                    asked.by = stop
+                    asked.leave()
+        processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
         return TrainResult(steps=steps, metrics=so_far.metrics(self.keep_best))
 
     def _summed_loss(
@@ -239,7 +262,7 @@ class SFT(Trainer):
             return RowsLoss(model=model, pad_id=fill, device=context.device, padding_free=free, chunked=chunked)
         found = rows_loss.choose(
             model,
-            _shortest_and_longest(train),
+            batching.shortest_and_longest(train),
             fill,
             context.device,
             padding_free=self.padding_free,
@@ -255,13 +278,10 @@ class SFT(Trainer):
             return False
         return step % self.evaluate_every == 0 or (bool(self.keep_best) and step == steps)
 
-    def _micro_batches(self, rows: Sequence[int], train: Sequence[Encoded], padded: bool) -> list[list[int]]:
-        """The rows of a step by forward pass, rows of like length together; all as their places in `train`."""
-        auto = self.micro_batch_size == "auto"
-        tokens = AUTO_MICRO_BATCH_TOKENS if auto else 2**62
-        lengths = batching.lengths([train[at] for at in rows])
-        groups = batching.chunks(lengths, tokens, None if auto else int(self.micro_batch_size), padded)
-        return [[rows[at] for at in group] for group in groups]
+
+def _part(summed_loss: RowsLoss, model: nn.Module, tokens: int, rows: Sequence[Encoded]) -> Tensor:
+    """A part of the step's loss. Divided by the tokens of the whole step: every token weighs the same in any split."""
+    return summed_loss(model, rows) / tokens
 
 
 @contextmanager
@@ -277,9 +297,3 @@ def activations_computed_again(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{word}_checkpointing_disable")()
-
-
-def _shortest_and_longest(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Two rows that no other is shorter or longer than: what goes well with them does so with all."""
-    by_length = sorted(range(len(rows)), key=batching.lengths(rows).__getitem__)
-    return [rows[by_length[0]], rows[by_length[-1]]]

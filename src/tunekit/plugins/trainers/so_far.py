@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from tunekit.core.interfaces import Encoded
 from tunekit.errors import TrainingError
+from tunekit.plugins.trainers.micro_batches import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 SHOWN = 16
 """So many rows are named in an error."""
 WAYS_OUT = "a lower learning rate or max_grad_norm=1.0 usually helps"
+
+
+def _as_limits(value: Limits | Mapping[str, Any]) -> Limits:
+    """The limits themselves; from a checkpoint, what they are made of."""
+    return value if isinstance(value, Limits) else Limits(**value)
 
 
 @attrs.define(kw_only=True)
@@ -28,12 +34,14 @@ class SoFar:
         skipped: steps that were not.
         best_step: the step of the best evaluation; None before the first.
         best: what was measured there.
+        limits: of a forward pass.
     """
 
     loss: float | None = None
     skipped: int = 0
     best_step: int | None = None
     best: float | None = None
+    limits: Limits = attrs.field(factory=Limits, converter=_as_limits)
 
     def is_best(self, step: int, value: float, better: Literal["min", "max"]) -> bool:
         """Whether `value`, measured at `step`, is better than all before; if so it is noted."""
@@ -47,6 +55,8 @@ class SoFar:
         if self.loss is None:
             raise TrainingError(f"all {self.skipped} steps were skipped: no loss was finite; {WAYS_OUT}")
         found: dict[str, float] = {"loss": self.loss, "skipped_steps": self.skipped}
+        if self.limits.halved:
+            found["out_of_memory"] = self.limits.halved
         if self.best_step is not None and self.best is not None:
             found |= {"best_step": self.best_step, f"best_{keep_best}": self.best}
         return found

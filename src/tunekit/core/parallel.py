@@ -1,0 +1,227 @@
+"""Several processes that make one run: each takes a share of a step's rows, and the gradients are added up.
+
+`torchrun`, `accelerate launch` and Slurm start them, and say so in the environment. The model is not wrapped: gradients
+are summed once a step, when every process is done with its rows. So a process may have no rows, a forward pass may be
+repeated, and the loss may be made wherever it is made with one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+
+from tunekit.core.interfaces import Trainer
+from tunekit.errors import ConfigError, NotSupported, TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(hours=12)
+"""So long a process waits for the others: the first one evaluates, encodes and saves while they do."""
+BUCKET_NUMBERS = 1 << 24
+"""Numbers of gradients that are added up at a time, 64 MiB of them in float32."""
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+"""What `accelerate launch` sets in the environment for a configuration that cuts the model into pieces."""
+
+
+@attrs.frozen(kw_only=True)
+class Processes:
+    """The processes of a run, seen from one of them. Every method is called by all of them, in the same order.
+
+    Args:
+        rank: the number of this one, from 0: the first, which alone writes.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes, evaluates and shows progress."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """What each process calls this with, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed
+
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """What `function` returns on each process; what it raises on one is raised on all, so that none waits."""
+        value, caught = None, None
+        try:
+            value = function()
+        except Exception as error:
+            if self.count == 1:
+                raise
+            caught = error
+        found = self.gather((value, _portable(caught)))
+        if caught:
+            raise caught
+        for _, theirs in found:
+            if theirs:
+                raise theirs
+        return [each for each, _ in found]  # type: ignore[misc]  # without an error it is what was returned
+
+    def first(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns on the first process, None on the others, which wait; what it raises, all raise."""
+        value = None
+        caught: Exception | None = None
+        if self.is_first:
+            try:
+                value = function()
+            except Exception as error:
+                if self.count == 1:
+                    raise
+                caught = error
+        said = self.gather(_portable(caught))[0]
+        if caught or said:
+            raise caught or said  # type: ignore[misc]  # one of them is an exception
+        return value
+
+    def shared(self, function: Callable[..., T], *arguments: object) -> T:
+        """What `function` returns on the first process, which alone calls it, for all."""
+        value = self.first(partial(function, *arguments))
+        return self.gather(value)[0]  # type: ignore[return-value]  # the first's, which is no None of another process
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """What `function` returns on each process; on the others once the first is done, which fills the cache."""
+        mine = self.first(function)
+        return function() if mine is None else mine
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raise TrainingError unless all processes call this with an equal `value`."""
+        found = self.gather(value)
+        if differing := [rank for rank, other in enumerate(found) if other != found[0]]:
+            raise TrainingError(f"{what} differs between the processes: process {differing[0]} has another than 0")
+
+    def share(self, rows: list[int], lengths: list[int]) -> list[int]:
+        """The rows of a step that are this process's: dealt out longest first, so that each has about as many tokens.
+
+        One process has all, in their order. Where there are fewer rows than processes, some have none.
+        """
+        if self.count == 1:
+            return rows
+        longest_first = sorted(range(len(rows)), key=lambda at: lengths[at], reverse=True)
+        return [rows[at] for at in longest_first[self.rank :: self.count]]
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradient of each parameter by its sum over the processes, the same to the bit on all of them.
+
+        One that has a gradient nowhere keeps none; one that has none here counts as zero.
+        """
+        if self.count == 1:
+            return
+        import torch
+
+        trained = list(parameters)
+        here = [parameter.grad is not None for parameter in trained]
+        anywhere = [any(each) for each in zip(*self.gather(here), strict=True)]
+        for bucket in _buckets(parameter for parameter, has in zip(trained, anywhere, strict=True) if has):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            torch.distributed.all_reduce(flat)
+            for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                # Copied: a view would keep the whole bucket alive, and optimizers want tensors of their own.
+                parameter.grad = piece.view_as(parameter).clone()
+
+
+ALONE = Processes()
+
+
+def started() -> Processes:
+    """The processes that this one has joined; itself alone where there are no others."""
+    import torch.distributed
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ALONE
+    return Processes(rank=torch.distributed.get_rank(), count=torch.distributed.get_world_size())
+
+
+def check_alone(what: str) -> None:
+    """Raise NotSupported for `what` where a launcher started several processes: each would do it, in one place."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise NotSupported(f"{what} is made by one process; a single run can be made by several")
+
+
+def check_launch() -> None:
+    """Raise NotSupported for a launch that cuts the model into pieces: it would be trained wrong, or not at all."""
+    for variable, what in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise NotSupported(
+                f"{what} ({variable}) is not supported: a run over several processes has the whole model in each. "
+                "Launch with torchrun, or with an accelerate configuration for several GPUs or CPUs without it; where "
+                "the model does not fit, QLoRA needs a quarter of the memory"
+            )
+
+
+def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
+    """Join the processes that a launcher started, and the device of this one: `device`, with CUDA a GPU each.
+
+    Raises:
+        NotSupported: the trainer knows of one process only; or see `check_launch`.
+        ConfigError: one GPU for all was asked for, or there are more processes than GPUs on this machine.
+    """
+    check_launch()
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "LOCAL_RANK" not in os.environ:
+        return ALONE, device
+    if not trainer.several_processes:
+        raise NotSupported(f"the trainer {trainer.name!r} cannot share a run among processes; start one, or use SFT")
+    import torch
+    from accelerate import PartialState
+
+    if device != "cpu":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device != "cuda":
+            raise ConfigError(f"{device!r} would be the GPU of every process; leave the device open", "Pipeline.device")
+        if local >= there:
+            raise ConfigError(f"process {local} of this machine has no GPU: there are {there}", "Pipeline.device")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if not torch.distributed.is_initialized():
+        PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    return started(), device
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error as other processes can raise it; one that cannot be sent is told in words."""
+    if error is None:
+        return None
+    try:
+        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
+    except Exception:  # whatever the error's own code raises
+        return TrainingError(f"another process stopped by {type(error).__name__}: {error}")
+    return error
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Parameters in their order, in groups of one dtype and device and not too many numbers."""
+    bucket: list[nn.Parameter] = []
+    held = 0
+    for parameter in parameters:
+        alike = not bucket or (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or held + parameter.numel() > BUCKET_NUMBERS):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += parameter.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,160 @@
+"""Which rows go through the model at once, and fewer of them where the memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from tunekit.core import batching
+from tunekit.core.checkpoint import random_states, set_random_states
+from tunekit.core.interfaces import Encoded
+from tunekit.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AUTO_TOKENS = 4096
+"""Padded tokens in one forward pass where the user does not say how many rows."""
+ALLOCATOR = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's allocators say in a plain RuntimeError."""
+
+
+@attrs.define(kw_only=True)
+class Limits:
+    """How much goes through the model at once: a part of checkpoints, since it settles the last bits of a result.
+
+    Args:
+        tokens: in one forward pass, counted as they are padded; one row may be longer.
+        rows: in one forward pass; None for no limit but the tokens.
+        halved: how often there was too little memory.
+    """
+
+    tokens: int = 2**62
+    rows: int | None = None
+    halved: int = 0
+
+    @classmethod
+    def of(cls, micro_batch_size: int | Literal["auto"]) -> Limits:
+        """Those that the user's field asks for."""
+        return cls(tokens=AUTO_TOKENS) if micro_batch_size == "auto" else cls(rows=int(micro_batch_size))
+
+    def halve(self, rows: int, tokens: int) -> None:
+        """Allow half of a forward pass that did not fit, of so many rows and padded tokens."""
+        self.halved += 1
+        if self.rows is None:
+            self.tokens = tokens // 2
+        else:
+            self.rows = rows // 2
+
+
+@attrs.define(kw_only=True)
+class Share:
+    """What came of the rows that one process has of a step.
+
+    Args:
+        losses: of each forward pass, with the places of its rows; a part of the step's loss.
+        limits: as they are now.
+        notes: what was changed in order to get here, in words.
+    """
+
+    losses: list[tuple[float, list[int]]]
+    limits: Limits
+    notes: list[str]
+
+
+def learn(
+    step: int,
+    rows: Sequence[int],
+    train: Sequence[Encoded],
+    limits: Limits,
+    *,
+    padded: bool,
+    loss: Callable[[list[Encoded]], Tensor],
+    backward: Callable[[Tensor], None],
+    clear: Callable[[], None],
+) -> Share:
+    """Make the gradient of `rows`, in as many forward passes as the limits ask for, or the memory.
+
+    Where the memory does not suffice, all begins again with half as much in a forward pass: without gradients, and
+    with the random states of the first attempt. What is computed is the same; dropout is that of the smaller passes.
+
+    Args:
+        step: its number.
+        rows: places in `train`.
+        train: all rows.
+        limits: what may go through the model at once; made smaller as need be.
+        padded: whether rows are padded.
+        loss: of some rows, as a part of the step's.
+        backward: adds the gradient of a loss.
+        clear: takes all gradients away.
+
+    Raises:
+        TrainingError: a row does not fit alone.
+    """
+    random = random_states()
+    notes: list[str] = []
+    while True:
+        losses: list[tuple[float, list[int]]] = []
+        group: list[int] = []
+        try:
+            for group in _groups(rows, train, limits, padded):
+                part = loss([train[at] for at in group])
+                backward(part)
+                losses.append((part.item(), group))
+            return Share(losses=losses, limits=limits, notes=notes)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+        # Outside of the handler: while the error lives, so does what the forward pass had made.
+        clear()
+        _free()
+        set_random_states(random)
+        lengths = batching.lengths([train[at] for at in group])
+        size = len(group) * max(lengths) if padded else sum(lengths)
+        if len(group) == 1:
+            raise TrainingError(
+                f"step {step}: out of memory on encoded training row {group[0] + 1} alone, which has {size} tokens "
+                f"({said}); set max_length below that, or take a smaller or quantized base"
+            )
+        limits.halve(len(group), size)
+        at_most = f"{limits.tokens} tokens" if limits.rows is None else f"{limits.rows} rows"
+        notes.append(
+            f"step {step}: out of memory with {len(group)} rows, {size} tokens, in a forward pass; from here on at "
+            f"most {at_most}, the step's rows and loss as they were ({said})"
+        )
+
+
+def smallest(limits: Sequence[Limits]) -> Limits:
+    """Limits that suit every process."""
+    rows = [each.rows for each in limits if each.rows is not None]
+    return Limits(
+        tokens=min(each.tokens for each in limits),
+        rows=min(rows) if rows else None,
+        halved=max(each.halved for each in limits),
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or not."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATOR)
+
+
+def _free() -> None:
+    """Give back what the allocator keeps of the attempt: in pieces of other sizes, it is of no use to the next."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _groups(rows: Sequence[int], train: Sequence[Encoded], limits: Limits, padded: bool) -> list[list[int]]:
+    """The rows by forward pass, rows of like length together."""
+    lengths = batching.lengths([train[at] for at in rows])
+    return [[rows[at] for at in group] for group in batching.chunks(lengths, limits.tokens, limits.rows, padded)]

@@ -1,0 +1,80 @@
+"""The runs of test_parallel.py: a user's script, started as one process or by a launcher as several."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import attrs
+
+import tunekit as tk
+
+ROWS = [{"prompt": f"repeat {n}", "completion": "ab " * (1 + n * n)} for n in range(9)]
+"""Of very different lengths; four a step, so that the last step of an epoch has one row and one process has none."""
+METHODS = {
+    "lora": tk.LoRA(rank=2),
+    "adalora": tk.AdaLoRA(initial_rank=4, target_rank=2, interval=1),
+    "ia3": tk.IA3(),
+    "loha": tk.LoHa(rank=2),
+    "lokr": tk.LoKr(rank=2),
+    "full": tk.Full(),
+}
+TRAINER = tk.SFT(
+    epochs=2,
+    batch_size=4,
+    learning_rate=0.01,
+    max_grad_norm=0.5,
+    save_every=2,
+    evaluate_every=3,
+    keep_best="perplexity",
+)
+DROPOUT = tk.LoRA(rank=2, dropout=0.5)
+STOP = 4
+"""The step at which a run is asked to stop."""
+
+
+class Stops:
+    """Sends SIGTERM to the first process, which alone has observers, while the others are in their next step or not."""
+
+    @tk.hookimpl
+    def tunekit_log(self, step):
+        if step == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make(model, adapter, trainer=TRAINER):
+    if adapter == METHODS["full"]:
+        # At 0.01, six steps of Adam make 2e-6 of the rounding where a gradient is next to nothing.
+        trainer = attrs.evolve(trainer, learning_rate=1e-3)
+    return tk.Pipeline(
+        model=str(model),
+        data=tk.InMemory(rows=ROWS),
+        validation=tk.InMemory(rows=[{"prompt": f"say {n}", "completion": "b" * (n + 1)} for n in range(3)]),
+        adapter=adapter,
+        trainer=trainer,
+        device="cpu",
+    )
+
+
+def main(what, model, directory):
+    if what == "methods":
+        for name, adapter in METHODS.items():
+            run = make(model, adapter).run(directory / name)
+            assert run.metrics["perplexity"] > 0
+        try:
+            make(model, METHODS["lora"]).run(directory / "lora")
+        except tk.RunExists:
+            (directory / f"refused-{os.environ['RANK']}").touch()  # on every process
+        make(model, DROPOUT).run(directory / "dropout")
+        for name, adapter in {"dropout": DROPOUT, "adalora": METHODS["adalora"]}.items():
+            try:
+                make(model, adapter).run(directory / "stopped" / name, observers=[Stops()])
+            except SystemExit as error:
+                (directory / f"{name}-left-{os.environ['RANK']}").write_text(str(error.code))
+    elif what == "resume":
+        make(model, DROPOUT).run(directory / "dropout", resume=True)
+        make(model, METHODS["adalora"]).run(directory / "adalora", resume=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,131 @@
+"""Where memory runs out, a step begins again with half as much at once, and is the same step."""
+
+import attrs
+import pytest
+import torch
+from test_sft import encoded, fit, largest_difference
+
+from tunekit import SFT, TrainingError
+from tunekit.core.checkpoint import newest
+from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, smallest
+from tunekit.testing import tiny_model
+
+ROWS = 7
+LONGEST = max(len(row["input_ids"]) for row in encoded(ROWS))
+KINDS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+def limited(tokens, error=KINDS[0], late=False):
+    """A tiny model that has memory for so many tokens in training; `late` is when the gradients are made."""
+    model = tiny_model()
+    most = []
+
+    def before(module, arguments, named):
+        if module.training:
+            most.append(named["input_ids"].numel())
+            if not late and most[-1] > tokens:
+                raise error
+
+    def after(module, arguments, named, output):
+        if module.training and late and most[-1] > tokens:
+            output.logits.register_hook(fail)
+
+    def fail(gradient):
+        raise error
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
+    return model, most
+
+
+def trainer(**changes):
+    return SFT(**{"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "optimizer": "sgd", **changes})
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("micro", [4, "auto"])
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_steps_are_those_of_small_forward_passes_from_the_start(padding_free, micro, late, tmp_path):
+    small, _, expected = fit(trainer(micro_batch_size=1, padding_free=padding_free), tmp_path / "small", rows=ROWS)
+    tight, most = limited(LONGEST, late=late)
+    way = trainer(micro_batch_size=micro, padding_free=padding_free)
+    _, result, lines = fit(way, tmp_path / "tight", rows=ROWS, model=tight)
+    assert max(most) > LONGEST  # it was tried
+    assert largest_difference(small, tight) < 1e-6
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert result.metrics["out_of_memory"] > 0
+    notes = (tmp_path / "tight" / "log.txt").read_text()
+    assert notes.count("out of memory with") == result.metrics["out_of_memory"]
+
+
+@pytest.mark.parametrize("error", KINDS)
+def test_every_allocator_is_understood(error, tmp_path):
+    assert is_out_of_memory(error)
+    model, _ = limited(LONGEST, error)
+    assert fit(trainer(), tmp_path / "run", rows=ROWS, model=model)[1].metrics["out_of_memory"]
+
+
+def test_what_else_goes_wrong_is_raised_as_it_is(tmp_path):
+    model, most = limited(LONGEST, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        fit(trainer(), tmp_path / "run", rows=ROWS, model=model)
+    assert len([tokens for tokens in most if tokens > LONGEST]) == 1
+
+
+def test_a_row_that_does_not_fit_alone_is_named_with_its_length(tmp_path):
+    model, _ = limited(LONGEST - 1)
+    with pytest.raises(TrainingError, match=f"encoded training row 7 alone, which has {LONGEST} tokens.*max_length"):
+        fit(trainer(batch_size=ROWS), tmp_path / "run", rows=ROWS, model=model)
+
+
+def test_the_second_attempt_draws_the_random_numbers_of_the_first(tmp_path):
+    """With dropout in the model, it is the run that had the smaller passes from the start, if the first step fails."""
+
+    def dropping(model):
+        generator = []
+
+        def drop(module, arguments, output):
+            return torch.nn.functional.dropout(output, 0.5, training=module.training)
+
+        generator.append(model.model.embed_tokens.register_forward_hook(drop))
+        return model
+
+    small = dropping(tiny_model())
+    fit(trainer(micro_batch_size=2), tmp_path / "small", model=small, rows=4)
+    tight, _ = limited(10**9)
+    calls = []
+
+    def once(module, arguments, named):
+        if module.training and not calls:
+            calls.append(1)
+            torch.rand(5)  # what the first attempt had drawn
+            raise KINDS[0]
+
+    tight.register_forward_pre_hook(once, with_kwargs=True)
+    fit(trainer(micro_batch_size=4), tmp_path / "tight", model=dropping(tight), rows=4)
+    assert largest_difference(small, tight) == 0
+
+
+def test_what_was_found_to_fit_is_kept_in_checkpoints(tmp_path):
+    way = trainer(max_steps=6, save_every=3, keep=9)
+    whole, _ = limited(LONGEST)
+    fit(way, tmp_path / "whole", rows=ROWS, model=whole)
+    kept = newest(tmp_path / "whole" / "checkpoints")
+    assert kept.state["trainer"]["so_far"]["limits"]["halved"] > 0
+    again, most = limited(LONGEST)
+    fit(way, tmp_path / "whole", rows=ROWS, model=again, resumed=kept)
+    assert max(most) <= LONGEST
+    assert largest_difference(whole, again) == 0
+
+
+def test_processes_agree_on_the_smallest_limits():
+    found = smallest([Limits(rows=4), Limits(rows=2, halved=1), Limits(rows=3)])
+    assert attrs.asdict(found) == {"tokens": 2**62, "rows": 2, "halved": 1}
+    assert smallest([Limits(tokens=9), Limits(tokens=4, halved=2)]) == Limits(tokens=4, halved=2)
