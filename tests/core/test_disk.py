@@ -98,10 +98,13 @@ def test_a_directory_that_vanishes_is_named_and_not_made_again(tiny_directory, t
 
 
 @pytest.fixture
-def ours(tiny_directory):
+def ours(tiny_directory, monkeypatch):
     """A directory with a copy of the model in it, and a user who cannot write where he may not: root always can."""
     place = Path(tempfile.mkdtemp())
     shutil.copytree(tiny_directory, place / "model")
+    (place / "cache").mkdir()
+    monkeypatch.setenv("TUNEKIT_CACHE", str(place / "cache"))
+    make(place / "model").plan()  # starts the process that renders templates, for which he may lack the right
     if os.geteuid() == 0:
         for path in [place, *place.rglob("*")]:
             os.chown(path, NOBODY, NOBODY)

@@ -145,7 +145,7 @@ def _root() -> Path:
             root.mkdir(parents=True, exist_ok=True)
         except OSError:
             return _passing()
-        if os.access(root, os.W_OK):
+        if os.access(root, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             return root
     return _passing()
 

@@ -104,7 +104,8 @@ class Harness:
         if isinstance(component, Quantizer):
             lora = default_registry().find("adapter", "lora")
             # Whether a method can train on it is not what is asked here.
-            parts["adapter"] = type("LoRA", (lora,), {"supports": frozenset({component.scheme})})()
+            told = {"name": "lora-on-any-base", "supports": frozenset({component.scheme})}
+            parts["adapter"] = type("LoRAOnAnyBase", (lora,), told)()
         return Pipeline(model=TINY, **parts)
 
 

@@ -48,7 +48,7 @@ def finished(request, tiny_directory, tmp_path_factory):
 
 def nll(pipeline, model, training=lambda module: False):
     """Of the held-out rows, those modules in training mode that `training` says."""
-    encoded = pipeline._data(pipeline._codec(), None).validation
+    encoded = pipeline._data(pipeline._base.codec(), None).validation
     with evaluating(model):
         for module in filter(training, model.modules()):
             module.training = True

@@ -46,11 +46,11 @@ def make(**parts):
 
 def nll(pipeline, model):
     """Of the held-out rows."""
-    data = pipeline._data(pipeline._codec(), None)
+    data = pipeline._data(pipeline._base.codec(), None)
     context = pipeline._context(device="cpu")
     evaluators = pipeline.evaluators
     return measure(
-        evaluators, model.eval(), tokenizer=pipeline._codec().tokenizer, rows=data.validation, context=context
+        evaluators, model.eval(), tokenizer=pipeline._base.codec().tokenizer, rows=data.validation, context=context
     )["nll"]
 
 
