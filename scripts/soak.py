@@ -87,6 +87,8 @@ def killed_at(child: int, directory: Path, errors: Path, seconds: float, saving:
         return "while a checkpoint was written"
     if not any((directory / "checkpoints").glob("step-*")):
         return "before the first checkpoint"
+    if (directory / "result.json").exists():
+        return "after the result"
     return "after training" if (directory / "adapter").exists() else "while training"
 
 
@@ -140,8 +142,9 @@ def main() -> None:
                 moment = killed_at(child, directory, errors, draw.uniform(0, 0.6 * length), saving=draw.random() < 0.5)
                 killed += bool(moment)
                 counts.update([moment] if moment else [])
-                done = not moment
-                quick += done
+                # Killed when all but its report was written, it is finished, and nothing is left to resume.
+                done = not moment or (directory / "result.json").exists()
+                quick += not moment
             else:
                 while not ended(child, errors):
                     time.sleep(0.01)

@@ -23,9 +23,8 @@ SOURCES = (
 ADAPTERS = (
     tk.LoRA(rank=4),
     tk.QLoRA(rank=4),
-    tk.LoRA(rank=4, variant="rslora"),
     tk.LoRA(rank=4, variant="dora", dropout=0.1),
-    tk.LoRA(rank=4, targets="attention", layers=(1,)),
+    tk.LoRA(rank=4, variant="rslora", targets="attention", layers=(1,)),
     tk.IA3(),
     tk.LoHa(rank=4),
     tk.LoKr(rank=2, dropout=0.1),
