@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -36,7 +36,7 @@ class Data:
     validation: EncodedRows
     changed: Mapping[str, int]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of every token and label in order: a resumed run must have the rows it was started with."""
         return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()
