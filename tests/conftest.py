@@ -14,8 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may reach for the network: a Hub id that is not in the cache must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A busy machine is no reason for a property to fail.
-settings.register_profile("tunekit", deadline=None)
+# A busy machine is no reason for a property to fail; half of the usual examples, so that the suite stays short.
+settings.register_profile("tunekit", deadline=None, max_examples=50)
 settings.load_profile("tunekit")
 
 SHARED = Path(os.environ.get("TUNEKIT_SHARED") or Path(__file__).parents[2] / "shared")

@@ -538,7 +538,7 @@ ROW = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     rows=st.lists(ROW, max_size=6),
     share=st.sampled_from([0.0, 0.3]),
