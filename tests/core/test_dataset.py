@@ -137,7 +137,7 @@ def test_the_table_of_reasons_stays_short():
     rows += [{"messages": [{"role": letter, "content": "x"}]} for letter in "abcdefghijklmnopqrst"]
     changed = dataset.Counter()
     source = InMemory(rows=[*rows[4:], rows[0]], schema="messages", on_error="skip")
-    dataset.read(source, "train", "train", changed)
+    list(dataset.sound(source, "train", "train", changed))
     assert len(changed) == 13
     assert changed["train: skipped, for other reasons"] == 21 - 12
 

@@ -15,7 +15,7 @@ from tunekit.core.codec import Codec
 from tunekit.core.encoded_rows import EncodedRows, Store
 from tunekit.core.encoding import Windows, encoded
 from tunekit.core.interfaces import AdapterMethod, DataSource, Example, Trainer
-from tunekit.core.rows import Placed, digest, rank_of, read, sides
+from tunekit.core.rows import digest, held_out_in, no_rows, rank_of, sides, sound
 from tunekit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -84,16 +84,14 @@ def load(
     encode = partial(encoded, trainer=trainer, codec=codec, windows=cut, changed=changed)
     fit = partial(_fit, trainer=trainer, limit=limit, way_out=way_out, changed=changed)
     store = encode(source, "train", name="train")
-    if isinstance(validation, DataSource):
-        part = "validation" if "validation" in validation.splits() else "train"
-        held_out = encode(validation, part, name="validation")
-    elif "validation" in source.splits():
-        held_out = encode(source, "validation", name="validation")
-    else:
+    elsewhere = held_out_in(source, validation)
+    if elsewhere is None:
+        assert not isinstance(validation, DataSource)
         out = np.array(held(store.digests(), validation, seed), dtype=bool)
         train = fit(store, np.flatnonzero(~out), name="train")
         rest = fit(store, np.flatnonzero(out), name="validation") if out.any() else train[:0]
         return Data(train=train, validation=rest, changed=dict(+changed))
+    held_out = encode(*elsewhere, name="validation")
     return Data(
         train=fit(store, np.arange(store.rows), name="train"),
         validation=fit(held_out, np.arange(held_out.rows), name="validation"),
@@ -103,31 +101,20 @@ def load(
 
 def rows(source: DataSource, validation: float | DataSource, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out rows, not encoded; see `load` for the arguments. DataError if there are none."""
-    train, held_out = split(source, validation, seed, Counter())
-    return [row for _, row in train], [row for _, row in held_out]
+    train = _read(source, "train", "train")
+    elsewhere = held_out_in(source, validation)
+    if elsewhere is None:
+        assert not isinstance(validation, DataSource)
+        return hold_out(train, validation, seed)
+    return train, _read(*elsewhere, "validation")
 
 
-def split(
-    source: DataSource, validation: float | DataSource, seed: int, changed: Counter[str]
-) -> tuple[list[Placed], list[Placed]]:
-    """Training and held-out rows with their places; see `load` for the arguments. DataError if there are none.
-
-    A source given as `validation` is asked for its split "validation", where it has one, else for "train". Rows that
-    the sources skip or leave out are counted in `changed`.
-    """
-    train = read(source, "train", "train", changed)
-    if not train:
-        raise DataError(f"the data has no rows{_counts(changed)}")
-    if isinstance(validation, DataSource):
-        part = "validation" if "validation" in validation.splits() else "train"
-        held_out = read(validation, part, "validation", changed)
-        if not held_out:
-            raise DataError(f"the validation data has no rows{_counts(changed)}")
-        return train, held_out
-    if "validation" in source.splits():
-        return train, read(source, "validation", "validation", changed)
-    pairs = list(zip(train, held([digest(row) for _, row in train], validation, seed), strict=True))
-    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+def _read(source: DataSource, split: str, name: str) -> list[Example]:
+    changed: Counter[str] = Counter()
+    found = [row for _, row in sound(source, split, name, changed)]
+    if not found:
+        raise no_rows(name, changed)
+    return found
 
 
 def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -170,11 +157,6 @@ def _limit(trainer: Trainer, longest: int | None, taken: int) -> tuple[int | Non
     if taken and limit == room:
         return limit, f"The model's context is {longest}, of which virtual_tokens={taken} are taken: lower them, or set"
     return limit, "Set max_length={longest} (within the model's context), or"
-
-
-def _counts(changed: Mapping[str, int]) -> str:
-    """What became of the rows, to be said where none is left."""
-    return ": " + ", ".join(f"{count} {what}" for what, count in changed.items()) if changed else ""
 
 
 def _fit(

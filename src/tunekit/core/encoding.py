@@ -17,7 +17,7 @@ from tunekit.core.batching import supervised_tokens
 from tunekit.core.codec import Codec
 from tunekit.core.encoded_rows import Store, StoreWriter
 from tunekit.core.interfaces import DataSource, Encoded, Example, Trainer
-from tunekit.core.rows import Placed, digest, sound
+from tunekit.core.rows import Placed, digest, no_rows, sound
 from tunekit.errors import DataError
 
 AHEAD = 256
@@ -86,9 +86,7 @@ def encoded(
     )
     changed.update(store.changed)
     if not store.rows:
-        what = "validation data" if name == "validation" else "data"
-        counts = ", ".join(f"{count} {reason}" for reason, count in store.changed.items())
-        raise DataError(f"the {what} has no rows{': ' if counts else ''}{counts}")
+        raise no_rows(name, store.changed)
     return store
 
 

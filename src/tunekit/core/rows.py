@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.errors import DataError, LeftOut
@@ -20,9 +20,22 @@ REASONS = 12
 """So many reasons are told apart for each split; the rest is counted as one, so that the table stays short."""
 
 
-def read(source: DataSource, split: str, name: str, changed: Counter[str]) -> list[Placed]:
-    """The sound rows of a split, each with its place; see `sound`."""
-    return list(sound(source, split, name, changed))
+def held_out_in(source: DataSource, validation: float | DataSource | None) -> tuple[DataSource, str] | None:
+    """Where held-out rows are read, a source and its split; None where a share of the training rows is held out.
+
+    A source given as `validation` is asked for its split "validation", where it has one, else for "train".
+    """
+    if isinstance(validation, DataSource):
+        return validation, "validation" if "validation" in validation.splits() else "train"
+    return (source, "validation") if "validation" in source.splits() else None
+
+
+def no_rows(name: str, changed: Mapping[str, int]) -> DataError:
+    """The error for data ("train", "validation") of which no row is left, with what became of the rows."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in changed.items())
+    return DataError(
+        f"the {'validation ' if name == 'validation' else ''}data has no rows{': ' if counts else ''}{counts}"
+    )
 
 
 def sound(source: DataSource, split: str, name: str, changed: Counter[str]) -> Iterator[Placed]:

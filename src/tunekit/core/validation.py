@@ -17,7 +17,7 @@ from tunekit.core.leakage import leaks
 from tunekit.core.model import Base, context_length
 from tunekit.core.registry import default_registry
 from tunekit.core.report import Report
-from tunekit.core.rows import sides
+from tunekit.core.rows import held_out_in, sides
 from tunekit.errors import ConfigError, DataError
 
 FEWEST = 10
@@ -87,11 +87,8 @@ def validate(
         longest = room_for_rows(context_length(base.config()), adapter.extra_tokens() if adapter else 0)
     reading = Examination(trainer, codec, longest, seed if share else None)
     train = reading.read(source, "train", "train")
-    held: Tally | None = None
-    if isinstance(validation, DataSource):
-        held = reading.read(validation, "validation" if "validation" in validation.splits() else "train", "validation")
-    elif "validation" in source.splits():
-        held = reading.read(source, "validation", "validation")
+    elsewhere = held_out_in(source, validation)
+    held = reading.read(*elsewhere, "validation") if elsewhere else None
 
     findings = reading.findings
     out = [False] * len(train.taken)

@@ -7,7 +7,7 @@ import attrs
 import pytest
 
 import tunekit as tk
-from tunekit.core.rows import read
+from tunekit.core.rows import sound
 
 pytestmark = pytest.mark.real
 
@@ -48,7 +48,7 @@ def test_a_conversation_without_a_question_is_refused_with_its_line(shared):
 def test_preferences(shared):
     source = tk.JsonLines(path=shared / "data/hh_rlhf_harmless/test_lines_517_1316.jsonl")
     changed = Counter()
-    rows = read(attrs.evolve(source, on_error="skip"), "train", "train", changed)
+    rows = list(sound(attrs.evolve(source, on_error="skip"), "train", "train", changed))
     bad = {
         int(place.rpartition(":")[2]): str(row)
         for place, row in source.examine("train")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tunekit as tk
 from tunekit.core import dataset
-from tunekit.core.rows import read
+from tunekit.core.rows import sound
 
 
 def numbered(count, letter="a", **fields):
@@ -88,7 +88,7 @@ ROWS = [{"prompt": "ask " * n, "completion": f"answer {n % 3}"} for n in range(1
 def test_rows_that_are_filtered_out_are_counted_by_condition(fields, kept, reason):
     changed = Counter()
     source = tk.Filtered(source=tk.InMemory(rows=ROWS), **fields)
-    found = [row["messages"][0]["content"].count("ask") for _, row in read(source, "train", "train", changed)]
+    found = [row["messages"][0]["content"].count("ask") for _, row in sound(source, "train", "train", changed)]
     assert found == kept == [row["messages"][0]["content"].count("ask") for row in source.load("train")]
     assert changed == {f"train: left out, {reason}": 6 - len(kept)}
 
@@ -104,7 +104,7 @@ def test_a_filter_does_not_hide_bad_rows():
     with pytest.raises(tk.DataError, match="row 2: empty text"):
         texts(tk.Filtered(source=tk.InMemory(rows=rows), min_length=2))
     changed = Counter()
-    read(tk.Filtered(source=tk.InMemory(rows=rows, on_error="skip"), min_length=2), "train", "train", changed)
+    list(sound(tk.Filtered(source=tk.InMemory(rows=rows, on_error="skip"), min_length=2), "train", "train", changed))
     assert changed == {"train: left out, shorter than min_length": 1, "train: skipped, empty text (text)": 1}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import attrs
@@ -67,7 +67,7 @@ class Share:
 def learn(
     step: int,
     rows: Sequence[int],
-    train: Sequence[Encoded],
+    train: Mapping[int, Encoded],
     limits: Limits,
     *,
     padded: bool,
@@ -82,8 +82,8 @@ def learn(
 
     Args:
         step: its number.
-        rows: places in `train`.
-        train: all rows.
+        rows: the rows to learn from, by their places in the training data.
+        train: rows by place, at least these.
         limits: what may go through the model at once; made smaller as need be.
         padded: whether rows are padded.
         loss: of some rows, as a part of the step's.
@@ -154,7 +154,7 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _groups(rows: Sequence[int], train: Sequence[Encoded], limits: Limits, padded: bool) -> list[list[int]]:
+def _groups(rows: Sequence[int], train: Mapping[int, Encoded], limits: Limits, padded: bool) -> list[list[int]]:
     """The rows by forward pass, rows of like length together."""
     lengths = batching.lengths([train[at] for at in rows])
     return [[rows[at] for at in group] for group in batching.chunks(lengths, limits.tokens, limits.rows, padded)]

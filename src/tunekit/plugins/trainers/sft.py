@@ -182,12 +182,13 @@ class SFT(Trainer):
         with summed_loss.training(), recomputing, asked_to_stop() as asked:
             for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
                 rows = batching.rows_of_step(step, len(train), self.batch_size, context.seed, self.order)
-                tokens = sum(batching.supervised_tokens(train[at]) for at in rows)
+                read = {at: train[at] for at in rows}  # once: rows are in files
+                tokens = sum(map(batching.supervised_tokens, read.values()))
                 attempt = partial(
                     learn,
                     step,
-                    processes.share(rows, batching.lengths([train[at] for at in rows])),
-                    train,
+                    processes.share(rows, batching.lengths(list(read.values()))),
+                    read,
                     so_far.limits,
                     padded=not summed_loss.padding_free,
                     loss=partial(_part, summed_loss, model, tokens),
@@ -209,7 +210,7 @@ class SFT(Trainer):
                 rate = peak * share(step - 1)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                wrong = what_is_not_finite(step, losses, norm, train, tokenizer)
+                wrong = what_is_not_finite(step, losses, norm, read, tokenizer)
                 if wrong and self.on_nonfinite == "stop":
                     raise TrainingError(f"{wrong}. Nothing was learned from this step; {WAYS_OUT}")
                 if wrong:

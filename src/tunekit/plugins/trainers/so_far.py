@@ -66,16 +66,16 @@ def what_is_not_finite(
     step: int,
     losses: Sequence[tuple[float, Sequence[int]]],
     norm: float,
-    train: Sequence[Encoded],
+    train: Mapping[int, Encoded],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """The step and the rows whose loss or gradient is not finite, in words; empty if all is well.
 
     Args:
         step: its number.
-        losses: of each forward pass, with the places of its rows in `train`.
+        losses: of each forward pass, with the places of its rows in the training data.
         norm: of the gradient of the whole step.
-        train: all rows.
+        train: the rows of the step, by place.
         tokenizer: to show how the rows begin.
     """
     bad = [at for loss, rows in losses if not math.isfinite(loss) for at in rows]
