@@ -39,7 +39,7 @@ def formula(model, trained):
         model: on the meta device, without an adapter.
         trained: trained parameters.
     """
-    from tunekit.core.targets import linear_layers
+    from tunekit.core.model.targets import linear_layers
 
     head = model.get_output_embeddings()
     packed = sum(layer.weight.numel() for layer in linear_layers(model).values() if layer is not head)
@@ -58,7 +58,7 @@ def main(arguments=None):
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     import tunekit as tk
-    from tunekit.core.assets import resolve
+    from tunekit.core.common.assets import resolve
 
     cuda = torch.cuda.is_available()
     config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=2048, eos_token_id=2, pad_token_id=3)

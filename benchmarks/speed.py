@@ -78,8 +78,8 @@ def adapted(shape):
 def by_tunekit(shape, steps, levers):
     """Seconds of each step and the losses, by `tk.SFT`."""
     import tunekit as tk
-    from tunekit.core.observers import Observers
     from tunekit.core.registry import default_registry
+    from tunekit.core.run.observers import Observers
     from tunekit.testing import tiny_tokenizer
 
     trainer = tk.SFT(
@@ -117,7 +117,7 @@ def by_transformers(shape, steps):
 
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from tunekit.core.batching import collate
+    from tunekit.core.data.batching import collate
 
     times, losses = [], []
 

@@ -152,7 +152,7 @@ def functions(found: dict[str, Any]) -> Iterable[str]:
         text, _, example = (inspect.getdoc(function) or "").partition("@tunekit.hookimpl")
         text = re.sub(r"\n {8,}", " ", text).replace("Args:\n", "Arguments:\n\n").replace("Raises:\n", "Raises:\n\n")
         text = re.sub(r"^ {4}([\w, ]+): ", r"- `\1`: ", text, flags=re.MULTILINE).strip()
-        signature = re.sub(r"'|tunekit\.core\.\w+\.", "", str(inspect.signature(function)))
+        signature = re.sub(r"'|tunekit\.core\.[\w.]+\.", "", str(inspect.signature(function)))
         required = getattr(function, "__isabstractmethod__", False)
         yield from (f"## `{name}`", "", "```text", name + signature, "```", "")
         yield from (text, "", *(["Every plugin writes this one.", ""] if required else []))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import tunekit as tk
-from tunekit.core.assets import resolve
-from tunekit.core.codec import IGNORED, Codec
-from tunekit.core.model import Base
+from tunekit.core.common.assets import resolve
+from tunekit.core.data.codec import IGNORED, Codec
+from tunekit.core.model.base import Base
 
 ROOT = Path(__file__).parents[1]
 

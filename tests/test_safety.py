@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 import tunekit as tk
-from tunekit.core import adapter_files, checkpoint
-from tunekit.core.model import Base
+from tunekit.core.model.base import Base
+from tunekit.core.run import adapter_files, checkpoint
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(6)]

@@ -8,8 +8,9 @@ import attrs
 import pytest
 
 import tunekit as tk
-from tunekit.core import adapter_files, checkpoint, run
-from tunekit.core.model import Base
+from tunekit.core.model.base import Base
+from tunekit.core.run import adapter_files, checkpoint
+from tunekit.core.run import files as run
 from tunekit.testing import tiny_model, tiny_tokenizer
 from tunekit.testing.tiny import CHATML
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
+from tunekit.core.run.checkpoint import trained_parameters
 
 ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(14)]
 
@@ -88,7 +88,7 @@ def test_a_part_of_the_wrong_type_is_refused_when_the_pipeline_is_made(tiny_dire
 def test_bad_data_stops_a_run_before_weights_are_loaded_and_leaves_no_directory(
     tiny_directory, tmp_path, data, problem, monkeypatch
 ):
-    monkeypatch.setattr("tunekit.core.model.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("tunekit.core.model.base.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(tk.DataError, match=problem):
         make(tiny_directory, data=data).run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -165,7 +165,7 @@ def test_the_held_out_rows_can_be_looked_at(finished):
 
 
 def test_the_plan_counts_lora_by_its_formula_without_loading_weights(tiny_directory, monkeypatch):
-    monkeypatch.setattr("tunekit.core.model.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("tunekit.core.model.base.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
     plan = make(tiny_directory).plan()
     # Two layers: q and o 32->32, k and v 32->16, gate and up 32->64, down 64->32; rank 4 adds rank * (in + out).
     assert plan.trainable_parameters == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)

@@ -46,8 +46,8 @@ def test_the_sound_rows_of_a_broken_file_are_kept_as_they_were(case):
 
 
 def test_the_likelihood_of_stories_is_the_published_one(shared):
-    from tunekit.core.codec import Codec
-    from tunekit.core.model import Base
+    from tunekit.core.data.codec import Codec
+    from tunekit.core.model.base import Base
 
     base = Base(model=str(shared / "models/stories260k"))
     codec = Codec(base.tokenizer())

@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 
 from tunekit import AdapterMethod, ConfigError, DataSource, Evaluator, Measured, Quantizer, Trainer, TrainResult
-from tunekit.core.evaluation import evaluating, predictions
+from tunekit.core.evaluation.predicting import evaluating, predictions
 
 COUNTER = itertools.count()
 
@@ -306,8 +306,8 @@ class Loop(Trainer):
     def fit(self, model, tokenizer, train, *, after_step, extra_loss, validate, run, context):
         import torch
 
-        from tunekit.core.batching import supervised_tokens
-        from tunekit.core.rows_loss import RowsLoss
+        from tunekit.core.data.batching import supervised_tokens
+        from tunekit.core.training.rows_loss import RowsLoss
 
         chosen = [p for p in model.parameters() if p.requires_grad or self.fault == "trains all"]
         model.requires_grad_(True) if self.fault in ("trains all", "unfreezes") else None

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tunekit.core.codec import Codec
-    from tunekit.core.run import RunLog
+    from tunekit.core.data.codec import Codec
+    from tunekit.core.run.files import RunLog
 
 Example = Mapping[str, Any]
 """One row, never as tokens: `{"messages": [...]}` (with `tools` where there are any), `{"text": ...}`, or a preference,

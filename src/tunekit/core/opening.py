@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunekit.core import recipe
-from tunekit.core import run as files
+from tunekit.core.model.trust import ALLOW
 from tunekit.core.pipeline import Pipeline
-from tunekit.core.result import Run
-from tunekit.core.trust import ALLOW
+from tunekit.core.run import files
+from tunekit.core.run.result import Run
 from tunekit.errors import ConfigError
 
 

@@ -11,28 +11,31 @@ from typing import Any, Literal
 
 import attrs
 
-from tunekit.core import adapter_files, added_tokens, checkpoint, dataset, fingerprint, recipe, run_report, secrets
-from tunekit.core import run as files
-from tunekit.core.codec import Codec
+from tunekit.core import recipe
+from tunekit.core.common import secrets
 from tunekit.core.component import Component, Context, check_requirements
-from tunekit.core.dequantize import dequantize
-from tunekit.core.export import Parts
+from tunekit.core.data import dataset
+from tunekit.core.data.codec import Codec
 from tunekit.core.fields import as_text, as_tuple, check_types
+from tunekit.core.inspection.preview import Preview, first_rows
+from tunekit.core.inspection.report import Report
+from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
-from tunekit.core.measuring import Measuring, check_names, check_rows
-from tunekit.core.model import Base, Loaded, choose_device, choose_dtype, context_length, load_base
-from tunekit.core.observers import Observers
-from tunekit.core.parallel import join
-from tunekit.core.plan import Plan, count_parameters, standing_memory
-from tunekit.core.preview import Preview, first_rows
+from tunekit.core.model import added_tokens, fingerprint
+from tunekit.core.model.base import Base, Loaded, choose_device, choose_dtype, context_length, load_base
+from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import default_registry
-from tunekit.core.report import Report
-from tunekit.core.result import Run
-from tunekit.core.resume import Facts, Opened, Resume, opened
-from tunekit.core.run import RunLog
-from tunekit.core.validation import validate
-from tunekit.core.verification import Verification, shortened, some_rows
-from tunekit.core.verify import Bench
+from tunekit.core.run import adapter_files, checkpoint, files, run_report
+from tunekit.core.run.export import Parts
+from tunekit.core.run.files import RunLog
+from tunekit.core.run.measuring import Measuring, check_names, check_rows
+from tunekit.core.run.observers import Observers
+from tunekit.core.run.plan import Plan, count_parameters, standing_memory
+from tunekit.core.run.result import Run
+from tunekit.core.run.resume import Facts, Opened, Resume, opened
+from tunekit.core.run.verification import Verification, shortened, some_rows
+from tunekit.core.run.verify import Bench
+from tunekit.core.training.parallel import join
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]

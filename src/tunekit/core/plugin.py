@@ -12,11 +12,11 @@ import attrs
 import pluggy
 
 from tunekit.core import hookspecs
+from tunekit.core.common.table import table
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
 from tunekit.core.hookspecs import PROJECT, Lazy
 from tunekit.core.interfaces import INTERFACES, Evaluator, interface_of
-from tunekit.core.table import table
 from tunekit.errors import PluginError
 
 

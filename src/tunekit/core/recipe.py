@@ -16,11 +16,11 @@ from typing import Any
 
 import attrs
 
-from tunekit.core import secrets
+from tunekit.core.common import secrets
+from tunekit.core.common.writing import replace
 from tunekit.core.component import Component
 from tunekit.core.fields import check_type, describe, did_you_mean, is_union, types_of
 from tunekit.core.registry import Registry
-from tunekit.core.writing import replace
 from tunekit.errors import AmbiguousComponent, ConfigError, PluginError, UnknownComponent
 
 FORMAT = 1

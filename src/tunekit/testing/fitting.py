@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core import run as files
-from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import Trainer, TrainResult
+from tunekit.core.run import files
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing.harness import Harness, run_log
 from tunekit.testing.training import copies
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.assets import TINY
-from tunekit.core.batching import collate
-from tunekit.core.codec import Codec
+from tunekit.core.common.assets import TINY
 from tunekit.core.component import Component, Context
+from tunekit.core.data.batching import collate
+from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Example, Quantizer, Trainer
-from tunekit.core.model import Base, no_progress_bars
-from tunekit.core.observers import Observers
+from tunekit.core.model.base import Base, no_progress_bars
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import Registry, default_registry
-from tunekit.core.run import RunLog
+from tunekit.core.run.files import RunLog
+from tunekit.core.run.observers import Observers
 from tunekit.testing.tiny import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

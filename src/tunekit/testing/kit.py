@@ -188,7 +188,7 @@ def _random_states_kept() -> Iterator[None]:
     """A fixed seed inside, and the random states of before afterwards: checks neither see nor move the caller's."""
     from transformers import set_seed
 
-    from tunekit.core.checkpoint import random_states, set_random_states
+    from tunekit.core.run.checkpoint import random_states, set_random_states
 
     before = random_states()
     set_seed(0)

@@ -12,7 +12,7 @@ import sys
 
 import attrs
 
-from tunekit.core.assets import TINY
+from tunekit.core.common.assets import TINY
 from tunekit.core.component import Component, Context
 from tunekit.errors import ConfigError
 

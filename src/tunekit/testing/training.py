@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from tunekit.core.checkpoint import trained_parameters
-from tunekit.core.codec import IGNORED
-from tunekit.core.evaluation import evaluating
+from tunekit.core.data.codec import IGNORED
+from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.run.checkpoint import trained_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

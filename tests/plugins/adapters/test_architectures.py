@@ -10,7 +10,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing import tiny_tokenizer
 from tunekit.testing.harness import quantized
 from tunekit.testing.training import distance

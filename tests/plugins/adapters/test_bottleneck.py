@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import Harness
 from tunekit.testing.training import cross_entropy, distance, logits, train

@@ -7,7 +7,7 @@ parameters are compared.
 import pytest
 
 import tunekit as tk
-from tunekit.core.plan import count_parameters
+from tunekit.core.run.plan import count_parameters
 
 QV, EVERY = ("q_proj", "v_proj"), "all-linear"
 LLAMA_2_7B = (
@@ -384,7 +384,7 @@ METHODS = (
 def test_the_plan_of_a_run_counts_what_is_trained_on_real_weights(method):
     from transformers import AutoModelForCausalLM
 
-    from tunekit.core.assets import resolve
+    from tunekit.core.common.assets import resolve
 
     plan = tk.Pipeline(model=tk.TINY, data=tk.JsonLines(path=tk.ORDERS), adapter=method).plan()
     real = method.attach(AutoModelForCausalLM.from_pretrained(resolve(tk.TINY)), tk.Context(model_id=tk.TINY))

@@ -3,7 +3,7 @@
 import pytest
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing import tiny_model
 
 CONTEXT = tk.Context(model_id="a/b")

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.registry import default_registry
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import ROWS
 

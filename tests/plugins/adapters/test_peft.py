@@ -7,8 +7,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import tunekit as tk
-from tunekit.core.checkpoint import trained_parameters
-from tunekit.core.plan import count_parameters
+from tunekit.core.run.checkpoint import trained_parameters
+from tunekit.core.run.plan import count_parameters
 from tunekit.plugins.adapters.peft import CANNOT, MOVED, OWN
 from tunekit.testing.harness import Harness, attached
 from tunekit.testing.training import changed, copies, distance, frozen, logits, train
@@ -160,7 +160,7 @@ def test_a_type_whose_package_is_missing_says_so(kind):
     ],
 )
 def test_a_wrong_type_or_option_is_found_before_anything_is_loaded(kind, options, problem, tmp_path, monkeypatch):
-    from tunekit.core.model import Base
+    from tunekit.core.model.base import Base
 
     monkeypatch.setattr(Base, "load", lambda *args, **options: pytest.fail("weights are loaded"))
     pipeline = tk.Pipeline(

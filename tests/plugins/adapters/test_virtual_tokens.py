@@ -5,7 +5,7 @@ import json
 import pytest
 
 import tunekit as tk
-from tunekit.core.evaluation import generate
+from tunekit.core.evaluation.predicting import generate
 from tunekit.testing import tiny_model, tiny_tokenizer
 from tunekit.testing.harness import ROWS, Harness
 from tunekit.testing.training import distance, logits
@@ -198,7 +198,7 @@ def test_it_starts_from_a_text_cut_or_repeated(adapter, text):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunekit.core.assets import resolve
+    from tunekit.core.common.assets import resolve
 
     base = AutoModelForCausalLM.from_pretrained(resolve(tk.TINY)).eval()
     ids = AutoTokenizer.from_pretrained(resolve(tk.TINY))(text, add_special_tokens=False)["input_ids"]
@@ -287,7 +287,7 @@ def test_both_trainers_take_the_same_step(adapter, tmp_path):
 
 
 def test_a_row_as_long_as_the_context_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    from tunekit.core.model import Base
+    from tunekit.core.model.base import Base
 
     base = tmp_path / "gpt2"
     tiny_model("gpt2", n_positions=64).save_pretrained(base)

@@ -6,9 +6,9 @@ import pytest
 
 import tunekit as tk
 from tunekit import Answer
-from tunekit.core import evaluation
-from tunekit.core.codec import Codec
-from tunekit.core.evaluation import generate
+from tunekit.core.data.codec import Codec
+from tunekit.core.evaluation import predicting as evaluation
+from tunekit.core.evaluation.predicting import generate
 from tunekit.plugins.evaluators.numeric_answer import number
 from tunekit.plugins.evaluators.token_f1 import f1
 from tunekit.testing import tiny_model, tiny_tokenizer

@@ -7,8 +7,8 @@ import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from tunekit import Classification, ConfigError, Context, DataError
-from tunekit.core import evaluation
-from tunekit.core.codec import Codec
+from tunekit.core.data.codec import Codec
+from tunekit.core.evaluation import predicting as evaluation
 from tunekit.plugins.evaluators import classification, confusion
 from tunekit.testing import tiny_model, tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tunekit as tk
-from tunekit.core.batching import windows
-from tunekit.core.codec import IGNORED, Codec
+from tunekit.core.data.batching import windows
+from tunekit.core.data.codec import IGNORED, Codec
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 CONTEXT = tk.Context(model_id="tiny", device="cpu")

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
-from tunekit.core.run import RunLog
+from tunekit.core.run.files import RunLog
+from tunekit.core.run.observers import Observers
 
 
 def show(directory, steps):

@@ -7,9 +7,9 @@ import sqlite3
 import pytest
 
 import tunekit as tk
-from tunekit.core.observers import Observers
 from tunekit.core.registry import Registry
-from tunekit.core.run import RunLog
+from tunekit.core.run.files import RunLog
+from tunekit.core.run.observers import Observers
 
 NOBODY = Registry(builtins={}, environment={"TUNEKIT_DISABLE_PLUGINS": "*"})
 LOGGED = [

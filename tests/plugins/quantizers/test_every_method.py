@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import tunekit as tk
-from tunekit.core.batching import collate
-from tunekit.core.evaluation import evaluating
+from tunekit.core.data.batching import collate
+from tunekit.core.evaluation.predicting import evaluating
 from tunekit.testing.harness import ROWS
 from tunekit.testing.training import cross_entropy
 

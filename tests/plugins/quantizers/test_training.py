@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tunekit as tk
-from tunekit.core.assets import resolve
-from tunekit.core.checkpoint import trained_parameters
-from tunekit.core.dequantize import dequantize
-from tunekit.core.measuring import measure
+from tunekit.core.common.assets import resolve
+from tunekit.core.model.dequantize import dequantize
+from tunekit.core.run.checkpoint import trained_parameters
+from tunekit.core.run.measuring import measure
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import Harness, quantized
 from tunekit.testing.training import cross_entropy, logits

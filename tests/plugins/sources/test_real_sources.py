@@ -7,7 +7,7 @@ import attrs
 import pytest
 
 import tunekit as tk
-from tunekit.core.rows import sound
+from tunekit.core.data.rows import sound
 
 pytestmark = pytest.mark.real
 

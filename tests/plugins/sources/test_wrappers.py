@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tunekit as tk
-from tunekit.core import dataset
-from tunekit.core.rows import sound
+from tunekit.core.data import dataset
+from tunekit.core.data.rows import sound
 
 
 def numbered(count, letter="a", **fields):

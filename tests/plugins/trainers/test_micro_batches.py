@@ -6,7 +6,7 @@ import torch
 from test_sft import encoded, fit, largest_difference
 
 from tunekit import SFT, TrainingError
-from tunekit.core.checkpoint import newest
+from tunekit.core.run.checkpoint import newest
 from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, smallest
 from tunekit.testing import tiny_model
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tunekit import SFT, ConfigError, Context, NotSupported, TrainingError
-from tunekit.core import batching
-from tunekit.core.checkpoint import newest
-from tunekit.core.codec import IGNORED, Codec
-from tunekit.core.observers import Observers
+from tunekit.core.data import batching
+from tunekit.core.data.codec import IGNORED, Codec
 from tunekit.core.registry import default_registry
-from tunekit.core.rows_loss import RowsLoss
-from tunekit.core.run import RunLog, create, history
+from tunekit.core.run.checkpoint import newest
+from tunekit.core.run.files import RunLog, create, history
+from tunekit.core.run.observers import Observers
+from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers import optimization
 from tunekit.testing import tiny_model, tiny_tokenizer
 
@@ -354,7 +354,7 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     fit(trainer, tmp_path / "whole")
     found = newest(tmp_path / "whole" / "checkpoints")
     assert found.state["trainer"]["loss"] == {"padding_free": free, "chunked": True}
-    monkeypatch.setattr("tunekit.core.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
+    monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
     taken = []
     true = RowsLoss.__call__
     monkeypatch.setattr(

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tunekit import SFT, ConfigError, Context, NotSupported, Transformers
-from tunekit.core.checkpoint import Checkpoint
-from tunekit.core.observers import Observers
 from tunekit.core.registry import default_registry
-from tunekit.core.run import RunLog, create, history
+from tunekit.core.run.checkpoint import Checkpoint
+from tunekit.core.run.files import RunLog, create, history
+from tunekit.core.run.observers import Observers
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

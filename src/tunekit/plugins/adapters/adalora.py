@@ -12,7 +12,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.fields import at_least, between, positive
-from tunekit.core.peft_method import PeftMethod
+from tunekit.core.model.peft_method import PeftMethod
 from tunekit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:

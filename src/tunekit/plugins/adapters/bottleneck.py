@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from tunekit.core import targets, trained_tensors
 from tunekit.core.component import Context
 from tunekit.core.fields import at_least
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import targets, trained_tensors
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:

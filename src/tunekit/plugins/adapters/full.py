@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tunekit.core import trained_tensors
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import trained_tensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.peft_method import PeftMethod
-from tunekit.core.targets import linear_layers, select, shorten
+from tunekit.core.model.peft_method import PeftMethod
+from tunekit.core.model.targets import linear_layers, select, shorten
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:

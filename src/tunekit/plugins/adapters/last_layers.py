@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tunekit.core import trained_tensors
 from tunekit.core.component import Context
 from tunekit.core.fields import at_least
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import trained_tensors
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:

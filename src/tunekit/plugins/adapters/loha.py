@@ -8,7 +8,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.fields import at_least, between
-from tunekit.core.peft_method import PeftMethod
+from tunekit.core.model.peft_method import PeftMethod
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -11,7 +11,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.fields import check_type, did_you_mean, positive
-from tunekit.core.peft_method import PeftMethod
+from tunekit.core.model.peft_method import PeftMethod
 from tunekit.errors import ConfigError, NotSupported
 from tunekit.plugins.adapters import virtual_tokens
 

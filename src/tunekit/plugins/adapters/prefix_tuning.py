@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.fields import at_least
-from tunekit.core.interfaces import AdapterMethod
-from tunekit.core.peft_method import PeftMethod
 from tunekit.errors import NotSupported
 from tunekit.plugins.adapters import virtual_tokens
+from tunekit.plugins.adapters.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class PrefixTuning(PeftMethod):
+class PrefixTuning(VirtualTokens):
     """Learned keys and values in every layer: attention over [K; k_1, ..., k_n] and [V; v_1, ..., v_n].
 
     K and V have shape (virtual_tokens, key and value heads * size of a head): in all 2 * layers * virtual_tokens *
@@ -44,16 +41,6 @@ class PrefixTuning(PeftMethod):
     """
 
     name = "prefix-tuning"
-    supports = frozenset({"nf4", "int8"})
-    learning_rate = 3e-2
-    starts_as_base = False
-
-    virtual_tokens: int = attrs.field(default=20, validator=at_least(1))
-    init_text: str | None = None
-
-    def extra_tokens(self) -> int:
-        """The virtual tokens."""
-        return self.virtual_tokens
 
     def peft_config(self, context: Context) -> PeftConfig:
         """PEFT's PrefixTuningConfig."""
@@ -76,18 +63,12 @@ class PrefixTuning(PeftMethod):
             wrapped.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(start)
         return wrapped
 
-    def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
-        """See `PeftMethod.load`."""
-        return virtual_tokens.hide(super().load(model, directory))
-
-    merge = AdapterMethod.merge
-
 
 def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the layers of `model` keep of a row of tokens, in PEFT's layout: (tokens, layers * 2 * heads * size)."""
     import torch
 
-    from tunekit.core.evaluation import evaluating
+    from tunekit.core.evaluation.predicting import evaluating
 
     with evaluating(model):
         cache = model(input_ids=ids[None], use_cache=True).past_key_values

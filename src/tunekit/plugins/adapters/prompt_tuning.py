@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.fields import at_least
-from tunekit.core.interfaces import AdapterMethod
-from tunekit.core.peft_method import PeftMethod
 from tunekit.plugins.adapters import virtual_tokens
+from tunekit.plugins.adapters.virtual_tokens import VirtualTokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class PromptTuning(PeftMethod):
+class PromptTuning(VirtualTokens):
     """Learned embeddings before the input: each row [e_1, ..., e_n] becomes [p_1, ..., p_v, e_1, ..., e_n].
 
     P has shape (virtual_tokens, width of the embeddings) and is all that is trained: virtual_tokens * width numbers,
@@ -40,16 +37,6 @@ class PromptTuning(PeftMethod):
     """
 
     name = "prompt-tuning"
-    supports = frozenset({"nf4", "int8"})
-    learning_rate = 3e-2
-    starts_as_base = False
-
-    virtual_tokens: int = attrs.field(default=20, validator=at_least(1))
-    init_text: str | None = None
-
-    def extra_tokens(self) -> int:
-        """The virtual tokens."""
-        return self.virtual_tokens
 
     def peft_config(self, context: Context) -> PeftConfig:
         """PEFT's PromptTuningConfig."""
@@ -68,9 +55,3 @@ class PromptTuning(PeftMethod):
         wrapped = virtual_tokens.hide(super().attach(model, context))
         wrapped.prompt_encoder["default"].embedding.weight = torch.nn.Parameter(start.float())
         return wrapped
-
-    def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
-        """See `PeftMethod.load`."""
-        return virtual_tokens.hide(super().load(model, directory))
-
-    merge = AdapterMethod.merge

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from tunekit.core.component import Context
-from tunekit.core.model import Base
-from tunekit.core.peft_method import task_of
+from tunekit.core.fields import at_least
+from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model.base import Base
+from tunekit.core.model.peft_method import PeftMethod, task_of
 from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+
+@attrs.frozen(kw_only=True)
+class VirtualTokens(PeftMethod):
+    """Base of the methods that put virtual tokens before each row; a subclass says what they start from.
+
+    Args:
+        virtual_tokens: how many; they use up as much of the context.
+        init_text: a text to start from; None starts from tokens drawn from the vocabulary by the seed.
+    """
+
+    supports = frozenset({"nf4", "int8"})
+    learning_rate = 3e-2
+    starts_as_base = False
+
+    virtual_tokens: int = attrs.field(default=20, validator=at_least(1))
+    init_text: str | None = None
+
+    def extra_tokens(self) -> int:
+        """The virtual tokens."""
+        return self.virtual_tokens
+
+    def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
+        """See `PeftMethod.load`."""
+        return hide(super().load(model, directory))
+
+    merge = AdapterMethod.merge
 
 
 def check_causal(model: PreTrainedModel, where: str) -> None:

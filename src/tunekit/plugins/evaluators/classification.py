@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
-from tunekit.core.answers import answers, check_answers, split, text
-from tunekit.core.codec import IGNORED, Codec
 from tunekit.core.component import Context
-from tunekit.core.evaluation import row_losses
+from tunekit.core.data.codec import IGNORED, Codec
+from tunekit.core.evaluation.answers import answers, check_answers, split, text
+from tunekit.core.evaluation.predicting import row_losses
+from tunekit.core.evaluation.statistics import bootstrap
 from tunekit.core.fields import as_tuple, at_least
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
-from tunekit.core.statistics import bootstrap
 from tunekit.errors import ConfigError, DataError
 from tunekit.plugins.evaluators.confusion import accuracy, confusion, figures, fold, macro, majority, parse
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.evaluation import row_losses, text_bytes
+from tunekit.core.evaluation.predicting import row_losses, text_bytes
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
 
 if TYPE_CHECKING:

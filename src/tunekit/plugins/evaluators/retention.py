@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import attrs
 
-from tunekit.core.batching import supervised_tokens, windows
-from tunekit.core.codec import Codec
 from tunekit.core.component import Context, check_requirements
-from tunekit.core.evaluation import row_losses
+from tunekit.core.data.batching import supervised_tokens, windows
+from tunekit.core.data.codec import Codec
+from tunekit.core.data.rows import sound
+from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.fields import at_least
 from tunekit.core.interfaces import DataSource, Encoded, Evaluator, Measured
-from tunekit.core.model import context_length
-from tunekit.core.rows import sound
+from tunekit.core.model.base import context_length
 from tunekit.errors import DataError, TrainingError
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
-from tunekit.core.codec import Codec
 from tunekit.core.component import Context
-from tunekit.core.evaluation import generate
+from tunekit.core.data.codec import Codec
+from tunekit.core.evaluation.predicting import generate
 from tunekit.core.fields import as_tuple, at_least
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
 from tunekit.errors import ConfigError

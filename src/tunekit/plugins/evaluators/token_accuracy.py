@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.evaluation import evaluating, row_predictions
+from tunekit.core.evaluation.predicting import evaluating, row_predictions
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import attrs
 
-from tunekit.core.answers import Answer, AnswerEvaluator
 from tunekit.core.component import Context
+from tunekit.core.evaluation.answers import Answer, AnswerEvaluator
 from tunekit.core.interfaces import Measured
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

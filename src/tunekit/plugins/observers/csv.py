@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import attrs
 
+from tunekit.core.common.writing import replace
 from tunekit.core.hookspecs import hookimpl
-from tunekit.core.run import RunLog, history
-from tunekit.core.writing import replace
+from tunekit.core.run.files import RunLog, history
 
 
 @attrs.frozen(eq=False)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tunekit.core import recipe
-from tunekit.core.run import RECIPE, RESULT, RunLog, read_json
-from tunekit.core.writing import replace
+from tunekit.core.common.writing import replace
+from tunekit.core.run.files import RECIPE, RESULT, RunLog, read_json
 from tunekit.errors import ConfigError
 
 LONGEST = 250

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import attrs
 
 from tunekit.core.component import Context, check_requirements
+from tunekit.core.data.row_source import check_split, strictly
 from tunekit.core.fields import at_least
 from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.row_source import check_split, strictly
 from tunekit.errors import ConfigError, DataError, LeftOut
 
 Part = Literal["all", "prompt", "answer"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tunekit.core.row_source import RowSource
+from tunekit.core.data.row_source import RowSource
 from tunekit.errors import ConfigError, DataError
 from tunekit.plugins.sources.arrow import plain_rows
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.row_source import RowSource
+from tunekit.core.data.row_source import RowSource
 from tunekit.errors import ConfigError
 
 MOST = 100_000

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.input_files import as_paths, content_of, decode, find, open_bytes, without_mark
-from tunekit.core.row_source import RowSource
+from tunekit.core.data.input_files import as_paths, content_of, decode, find, open_bytes, without_mark
+from tunekit.core.data.row_source import RowSource
 from tunekit.errors import DataError
 
 _BLOCK = 1 << 16

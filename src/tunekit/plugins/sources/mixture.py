@@ -9,9 +9,9 @@ from typing import Literal
 import attrs
 
 from tunekit.core.component import Context, check_requirements
+from tunekit.core.data.row_source import check_split, strictly
 from tunekit.core.fields import as_tuple
 from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.row_source import check_split, strictly
 from tunekit.errors import ConfigError, DataError
 
 

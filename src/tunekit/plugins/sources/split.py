@@ -8,10 +8,10 @@ from typing import Literal
 import attrs
 
 from tunekit.core.component import Context, check_requirements
+from tunekit.core.data.row_source import check_split, strictly
+from tunekit.core.data.rows import rank
 from tunekit.core.fields import between
 from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.row_source import check_split, strictly
-from tunekit.core.rows import rank
 from tunekit.errors import ConfigError, DataError, LeftOut
 
 

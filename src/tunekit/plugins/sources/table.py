@@ -10,11 +10,11 @@ from typing import IO, Any, Literal
 
 import attrs
 
-from tunekit.core.assets import resolve
+from tunekit.core.common.assets import resolve
 from tunekit.core.component import Context
+from tunekit.core.data.input_files import as_paths, check_encoding, decode, find, open_bytes, without_mark
+from tunekit.core.data.row_source import RowSource
 from tunekit.core.fields import as_tuple
-from tunekit.core.input_files import as_paths, check_encoding, decode, find, open_bytes, without_mark
-from tunekit.core.row_source import RowSource
 from tunekit.errors import ConfigError, DataError
 from tunekit.plugins.sources.arrow import BATCH, rows_of
 

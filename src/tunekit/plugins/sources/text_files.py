@@ -9,9 +9,9 @@ from typing import Literal
 import attrs
 
 from tunekit.core.component import Context
-from tunekit.core.input_files import as_paths, check_encoding, decode, find, open_bytes, without_mark
+from tunekit.core.data.input_files import as_paths, check_encoding, decode, find, open_bytes, without_mark
+from tunekit.core.data.row_source import check_split, strictly
 from tunekit.core.interfaces import DataSource, Example
-from tunekit.core.row_source import check_split, strictly
 from tunekit.errors import ConfigError, DataError
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
-from tunekit.core import batching
-from tunekit.core.checkpoint import random_states, set_random_states
+from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded
+from tunekit.core.run.checkpoint import random_states, set_random_states
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
-from tunekit.core import batching, rows_loss
-from tunekit.core.batching import Order
-from tunekit.core.checkpoint import checksums
-from tunekit.core.codec import Codec, TrainOn
 from tunekit.core.component import Context
-from tunekit.core.evaluation import pad_id
+from tunekit.core.data import batching
+from tunekit.core.data.batching import Order
+from tunekit.core.data.codec import Codec, TrainOn
+from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.fields import at_least, between, did_you_mean, positive
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
-from tunekit.core.parallel import started
-from tunekit.core.rows_loss import RowsLoss
-from tunekit.core.signals import asked_to_stop
+from tunekit.core.run.checkpoint import checksums
+from tunekit.core.run.signals import asked_to_stop
+from tunekit.core.training import rows_loss
+from tunekit.core.training.parallel import started
+from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import ConfigError, NotSupported, TrainingError
 from tunekit.plugins.trainers import optimization
 from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from tunekit.core.run import RunLog
+    from tunekit.core.run.files import RunLog
 
 
 @attrs.frozen(kw_only=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core import batching
-from tunekit.core.codec import Codec, TrainOn
 from tunekit.core.component import Context
-from tunekit.core.evaluation import pad_id
+from tunekit.core.data import batching
+from tunekit.core.data.codec import Codec, TrainOn
+from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.fields import did_you_mean
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
 from tunekit.errors import ConfigError, NotSupported
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-    from tunekit.core.run import RunLog
+    from tunekit.core.run.files import RunLog
 
 OURS = ("output_dir", "seed", "use_cpu", "do_train", "resume_from_checkpoint")
 """Arguments that the pipeline sets."""

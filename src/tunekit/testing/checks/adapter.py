@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tunekit.core.checkpoint import trained_parameters
-from tunekit.core.evaluation import evaluating
+from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import STEPS, Harness, attached

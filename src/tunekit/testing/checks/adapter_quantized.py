@@ -8,8 +8,8 @@ from unittest import SkipTest
 
 import attrs
 
-from tunekit.core.dequantize import dequantize
 from tunekit.core.interfaces import AdapterMethod, Quantizer
+from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import default_registry
 from tunekit.errors import ConfigError, NotSupported
 from tunekit.testing.checks import adapter as plain

@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.errors import NotSupported
 from tunekit.testing.harness import Harness, attached, scratch
 from tunekit.testing.training import changed, copies, distance, logits, new_optimizer, train

@@ -10,8 +10,8 @@ from operator import mul
 from typing import TYPE_CHECKING
 from unittest import SkipTest
 
-from tunekit.core.checkpoint import random_states
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.run.checkpoint import random_states
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import Harness
 from tunekit.testing.training import changed, copies, cross_entropy
@@ -76,7 +76,7 @@ def leaves_the_model_alone(evaluator: Evaluator, harness: Harness) -> None:
 
     _evaluate(evaluator, model, harness)
 
-    advice = "put the work inside `with tunekit.core.evaluation.evaluating(model)`"
+    advice = "put the work inside `with tunekit.core.evaluation.predicting.evaluating(model)`"
     assert [module.training for module in model.modules()] == modes, (
         f"it left modules in another mode (training or evaluation) than before: {advice}"
     )

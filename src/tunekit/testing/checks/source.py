@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from itertools import islice
 
-from tunekit.core.conversations import check_messages
+from tunekit.core.data.conversations import check_messages
 from tunekit.core.interfaces import DataSource, Example
 from tunekit.errors import ConfigError, DataError
 from tunekit.testing.checks.component import unchanged
@@ -53,16 +53,14 @@ def yields_examples(source: DataSource, harness: Harness) -> None:
                 try:
                     check_messages(row["messages"], where)
                 except DataError as error:
-                    raise AssertionError(
-                        f"{error}: yield what `tunekit.core.schemas.to_example` makes of a row"
-                    ) from None
+                    raise AssertionError(f"{error}: yield what `tunekit.to_example` makes of a row") from None
             elif "text" in row:
                 assert isinstance(row["text"], str), f"{where}: `text` is a {type(row['text']).__name__}: yield a str"
                 assert row["text"].strip(), f"{where}: `text` is empty: raise DataError for it, or pass it over"
             else:
                 assert {"prompt", "chosen", "rejected"} <= row.keys(), (
                     f"{where} has {sorted(row)}: yield {{'messages': [...]}}, {{'text': ...}} or "
-                    "{'prompt', 'chosen', 'rejected'}; `tunekit.core.schemas.to_example` makes them of other columns"
+                    "{'prompt', 'chosen', 'rejected'}; `tunekit.to_example` makes them of other columns"
                 )
 
 

@@ -8,8 +8,8 @@ from unittest import SkipTest
 
 import attrs
 
-from tunekit.core.checkpoint import trained_parameters
 from tunekit.core.interfaces import Trainer, TrainResult
+from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.fitting import fit, fitted_once, trained_names

@@ -1,0 +1,258 @@
+"""`compare`: the same fine-tune by several methods, each an ordinary run, and what came of them side by side."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tunekit.core import recipe
+from tunekit.core.common.secrets import redacted
+from tunekit.core.comparison import arms
+from tunekit.core.comparison.arms import Method
+from tunekit.core.comparison.budget import Budget, Steps, Tokens, tokens_of_steps
+from tunekit.core.comparison.comparison import NOT_YET, Arm, ArmRun, Comparison, run_directory
+from tunekit.core.component import Context
+from tunekit.core.data import dataset
+from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import fingerprint
+from tunekit.core.model.base import Base, choose_device, context_length
+from tunekit.core.pipeline import Pipeline
+from tunekit.core.registry import default_registry
+from tunekit.core.run import files
+from tunekit.core.run.gauge import MEASURED, Gauge
+from tunekit.core.run.measuring import check_names
+from tunekit.core.training.parallel import check_alone
+from tunekit.errors import ConfigError, TunekitError
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen(kw_only=True)
+class Trial:
+    """One run of a comparison, before it is made.
+
+    Args:
+        method: of which arm it is.
+        pipeline: whole, with seed and budget.
+        steps: optimizer steps it takes.
+        directory: where it goes.
+        data: its rows; None where they cannot be read for this method, at which the run will fail.
+    """
+
+    method: Method
+    pipeline: Pipeline
+    steps: int
+    directory: Path
+    data: dataset.Data | None
+
+
+def compare(
+    pipeline: Pipeline,
+    adapters: Sequence[AdapterMethod] | None = None,
+    *,
+    directory: str | Path,
+    budget: Budget | None = None,
+    seeds: Sequence[int] = (0,),
+    learning_rates: Sequence[float] | None = None,
+    observers: Iterable[object] = (),
+) -> Comparison:
+    """Fine-tune by several methods on the same rows in the same order from the same base, and compare what came of it.
+
+    Each run is an ordinary one in `directory/<arm>/seed-<n>`, with a base loaded for it alone, so that nothing depends
+    on the order of the methods. Called again, it takes finished runs as they are and goes on with unfinished ones. A
+    run that fails does not stop the others; it is tried again by the next call.
+
+    Args:
+        pipeline: all but the method, the seed and the learning rate.
+        adapters: the methods; None takes the pipeline's own, which makes sense with several learning rates or seeds.
+        directory: of the comparison.
+        budget: `tunekit.Steps` or `tunekit.Tokens`, the same for all; None leaves it to the trainer.
+        seeds: each arm is run with each. A seed chooses the initial adapter, the order of rows, dropout, and where the
+            validation is a share, the held-out rows.
+        learning_rates: each is tried with each method, as an arm of its own; None takes each method's own, whatever the
+            trainer's is.
+        observers: as for `Pipeline.run`, told of every run.
+
+    Raises:
+        ConfigError, DataError: before anything is trained: what is wrong with the arguments or the data; a directory
+            that holds runs of another pipeline, base or other rows; methods that would not see the same rows.
+    """
+    directory, seeds, observers = Path(directory), tuple(seeds), tuple(observers)
+    check_alone("a comparison")
+    _check_arguments(budget, seeds, learning_rates)
+    check_names(pipeline.evaluators)
+    methods = arms.methods(pipeline, (pipeline.adapter,) if adapters is None else tuple(adapters), learning_rates)
+    trials = [trial for seed in seeds for trial in _trials(methods, seed, budget, directory)]
+    base = Base(model=pipeline.model, revision=pipeline.revision, trust_remote_code=pipeline.trust_remote_code)
+    known = fingerprint.fingerprint(base)
+    for trial in trials:
+        _check_same(trial, known)
+
+    device = choose_device(pipeline.device)
+    errors: dict[Path, str] = {}
+
+    def so_far() -> Comparison:
+        return Comparison(
+            directory=directory,
+            budget=str(budget or f"{trials[0].steps:,} steps"),
+            seeds=seeds,
+            better={name: way for evaluator in pipeline.evaluators for name, way in evaluator.better.items()},
+            arms=tuple(_arm(method, trials, errors) for method in methods),
+        )
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for trial in trials:
+        if (trial.directory / files.RESULT).is_file():
+            continue
+        logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
+        try:
+            _run(trial, device, observers)
+        except Exception as error:  # one method's failure is a result of the comparison, not its end
+            errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
+        _free_memory(device)
+        so_far().save()
+    comparison = so_far()
+    comparison.save()
+    return comparison
+
+
+def _check_arguments(budget: Budget | None, seeds: Sequence[int], learning_rates: Sequence[float] | None) -> None:
+    if not isinstance(budget, Steps | Tokens | None):
+        raise ConfigError(f"expected tk.Steps(n), tk.Tokens(n) or None, got {budget!r}", "compare.budget")
+    for name, values in (("seeds", seeds), ("learning_rates", learning_rates)):
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ConfigError(f"must be different numbers, at least one, got {values!r}", f"compare.{name}")
+
+
+def _trials(methods: Sequence[Method], seed: int, budget: Budget | None, directory: Path) -> list[Trial]:
+    """The runs with one seed. ConfigError if they would not have the same rows."""
+    seeded = [attrs.evolve(method.pipeline, seed=seed) for method in methods]
+    data = _data(seeded)
+    reference = next(found for found in data if found is not None)
+    if any(found is not None and found.fingerprint != reference.fingerprint for found in data):
+        raise ConfigError(
+            "some rows are too long for the methods that take a part of the model's context for virtual tokens, so "
+            "that not all would see the same rows; set the trainer's max_length to what all have room for",
+            "compare.adapters",
+        )
+    trials = []
+    for method, pipeline, found in zip(methods, seeded, data, strict=True):
+        if budget:
+            steps = budget.steps(pipeline.trainer, reference.train.lengths, seed)
+            pipeline = attrs.evolve(pipeline, trainer=arms.with_fields(pipeline.trainer, max_steps=steps))
+        trials.append(
+            Trial(
+                method=method,
+                pipeline=pipeline,
+                steps=pipeline.trainer.planned_steps(len(reference.train)),
+                directory=run_directory(directory, method.name, seed),
+                data=found,
+            )
+        )
+    return trials
+
+
+def _data(pipelines: Sequence[Pipeline]) -> list[dataset.Data | None]:
+    """The rows of each, None for a method that cannot take them; the error, if that is so for every one."""
+    first = pipelines[0]
+    base = Base(
+        model=first.model,
+        revision=first.revision,
+        trust_remote_code=first.trust_remote_code,
+        added_tokens=first.added_tokens,
+    )
+    base.check()
+    codec, longest = base.codec(first.template), context_length(base.config())
+    read: dict[int, dataset.Data] = {}
+    found: list[dataset.Data | None] = []
+    failure: TunekitError | None = None
+    for pipeline in pipelines:
+        try:
+            pipeline.check()
+            taken = pipeline.adapter.extra_tokens()
+            if taken not in read:
+                parts = (pipeline.data, pipeline.validation, pipeline.trainer)
+                read[taken] = dataset.load(*parts, codec, longest, pipeline.seed, pipeline.adapter)
+            found.append(read[taken])
+        except TunekitError as error:
+            failure = error
+            found.append(None)
+    if failure and not any(found):
+        raise failure
+    return found
+
+
+def _check_same(trial: Trial, base: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the trial's directory holds the run of another pipeline, with other rows or another base."""
+    if not (trial.directory / files.RECIPE).is_file():
+        files.check_free(trial.directory)
+        return
+    where = str(trial.directory)
+    if changed := recipe.differences(recipe.read(trial.directory / files.RECIPE), trial.pipeline.to_dict()):
+        raise ConfigError(
+            f"{where} holds the run of another pipeline; changed: {'; '.join(changed)}. Delete it, or choose another "
+            "directory",
+            "compare.directory",
+        )
+    if (trial.directory / files.START).is_file():
+        started = files.read_json(trial.directory / files.START)
+        fingerprint.check_same(started["base"], base, f"the run in {where}")
+        if trial.data is not None and started["data"] != trial.data.fingerprint:
+            raise ConfigError(f"{where} holds a run with other rows than these", "compare.directory")
+
+
+def _run(trial: Trial, device: str, observers: Sequence[object]) -> None:
+    """Make the run, or go on with it. The finished run, and its model with it, is not kept."""
+    resume = (trial.directory / files.RECIPE).is_file()
+    lengths = trial.data.train.lengths if trial.data else []
+    tokens = tokens_of_steps(trial.pipeline.trainer, lengths, trial.pipeline.seed) if lengths else None
+    trial.pipeline.run(trial.directory, resume=resume, observers=[Gauge(device, tokens), *observers])
+
+
+def _free_memory(device: str) -> None:
+    """Give back what the last run held, so that the next has as much room and its peak is its own."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _arm(method: Method, trials: Sequence[Trial], errors: Mapping[Path, str]) -> Arm:
+    pipeline = method.pipeline
+    context = Context(model_id=pipeline.model, learning_rate=pipeline.adapter.learning_rate)
+    return Arm(
+        name=method.name,
+        adapter=recipe.to_table(pipeline.adapter, default_registry()),
+        quantization=method.quantization,
+        learning_rate=pipeline.trainer.peak_learning_rate(context),
+        runs=tuple(_figures(trial, errors) for trial in trials if trial.method is method),
+    )
+
+
+def _figures(trial: Trial, errors: Mapping[Path, str]) -> ArmRun:
+    """What is known of a run, from its directory."""
+    seed = trial.pipeline.seed
+    if not (trial.directory / files.RESULT).is_file():
+        return ArmRun(seed=seed, steps=trial.steps, error=errors.get(trial.directory, NOT_YET))
+    result = files.read_json(trial.directory / files.RESULT)
+    measured = trial.directory / MEASURED
+    return ArmRun(
+        seed=seed,
+        steps=result["training"]["steps"],
+        metrics=result["metrics"],
+        base_metrics=result["base_metrics"],
+        trainable_parameters=result["parameters"]["trainable"],
+        adapter_bytes=_size(trial.directory / files.ADAPTER),
+        **(files.read_json(measured) if measured.is_file() else {}),
+    )
+
+
+def _size(directory: Path) -> int:
+    """Bytes of all files in a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

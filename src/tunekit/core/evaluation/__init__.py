@@ -1,0 +1,1 @@
+"""What evaluators stand on."""

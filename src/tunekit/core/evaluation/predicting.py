@@ -1,0 +1,165 @@
+"""What evaluators stand on: a model left as it was found, likelihoods from logits, and batched greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tunekit.core.data.batching import chunks, collate, lengths
+from tunekit.core.data.codec import IGNORED
+from tunekit.core.interfaces import Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096
+"""Padded tokens in one forward pass of an evaluation; a matter of memory, not of the result."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` can be trained without dropping anything; afterwards parameters and dropout are as before."""
+    import torch
+
+    kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    found = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _drops(m, n) and isinstance(v, float)]
+    try:
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+
+
+def _drops(module: nn.Module, name: str) -> bool:
+    return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up short rows: the pad token, else the end token; it is masked, so its value never matters."""
+    found = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if found is None else found)
+
+
+def predictions(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch, the logits (tokens, vocabulary) that predict a supervised token, in float32, and these (tokens,).
+
+    Call it inside `evaluating(model)`. The loss that a model reports is never used: some methods add terms to it.
+    """
+    for _, logits, labels in row_predictions(model, tokenizer, rows):
+        yield logits, labels
+
+
+def row_predictions(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What `predictions` yields, and before it the number of each token's row in `rows`, shape (tokens,)."""
+    import torch
+
+    device = str(next(model.parameters()).device)
+    for group in chunks(lengths(rows), BATCH_TOKENS):
+        batch = collate([rows[at] for at in group], pad_id(tokenizer), device)
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        supervised = labels != IGNORED
+        numbers = torch.tensor(group, device=device)[:, None].expand_as(labels)
+        yield numbers[supervised], logits[supervised].float(), labels[supervised]
+
+
+def row_losses(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
+) -> tuple[list[float], list[int]]:
+    """The negative log-likelihood of each row's supervised tokens in nats, summed, and how many these are."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    tokens = torch.zeros(len(rows), dtype=torch.long)
+    with evaluating(model):
+        for numbers, logits, labels in row_predictions(model, tokenizer, rows):
+            at = numbers.cpu()  # on a GPU, sums of this kind come in no fixed order
+            nats.index_add_(0, at, cross_entropy(logits, labels, reduction="none").double().cpu())
+            tokens.index_add_(0, at, torch.ones_like(at))
+    return nats.tolist(), tokens.tolist()
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> int:
+    """Bytes in UTF-8 of the text of a row's supervised tokens; special tokens, as an end token, have none."""
+    ids, labels = list(row["input_ids"]), [IGNORED, *row["labels"][1:]]  # nothing predicts the first token
+    borders = [at for at in range(1, len(ids)) if (labels[at] == IGNORED) != (labels[at - 1] == IGNORED)]
+
+    def before(end: int) -> int:
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # A character that the border cuts in two is decoded as U+FFFD, and counts where it ends.
+        return len(text.rstrip("\ufffd").encode(errors="replace"))
+
+    # With what stands before: on its own, some tokenizers decode a text without the blank it begins with.
+    ends = [*borders, len(ids)] if len(borders) % 2 else borders
+    return sum(before(end) - before(start) for start, end in zip(ends[::2], ends[1::2], strict=True))
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy continuations of token prompts, in order, each cut before its first stop token.
+
+    Prompts are padded on the left, which gives the same tokens as one prompt at a time. Stop tokens are those of the
+    model's generation configuration, which tunekit completes when it loads a model.
+    """
+    import torch
+
+    device, fill, stops = next(model.parameters()).device, pad_id(tokenizer), stop_ids(model)
+    answers: dict[int, list[int]] = {}
+    with evaluating(model):
+        for group in chunks([len(prompt) + max_new_tokens for prompt in prompts], BATCH_TOKENS):
+            width = len(prompts[group[0]])
+            padding = [width - len(prompts[at]) for at in group]
+            ids = [[fill] * pad + list(prompts[at]) for at, pad in zip(group, padding, strict=True)]
+            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            out = model.generate(
+                input_ids=torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=fill,
+            )
+            answers |= {at: _until_stop(row, stops) for at, row in zip(group, out[:, width:].tolist(), strict=True)}
+    return [answers[at] for at in range(len(prompts))]
+
+
+def stop_ids(model: nn.Module) -> frozenset[int]:
+    """The stop tokens in the model's generation configuration."""
+    found = model.generation_config.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or [])
+
+
+def _until_stop(ids: Sequence[int], stops: frozenset[int]) -> list[int]:
+    end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+    return list(ids[:end])

@@ -1,0 +1,143 @@
+"""Measuring a model with all evaluators of a run, and keeping what stands behind the metrics in the run directory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunekit.core.component import Context
+from tunekit.core.evaluation.answers import Asked
+from tunekit.core.evaluation.predicting import evaluating
+from tunekit.core.evaluation.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
+from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.run.files import EVALUATIONS, START, read_json, write_json
+from tunekit.core.training.parallel import ALONE, Processes
+from tunekit.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+BASE, TUNED = "base", "tuned"
+
+
+def check_names(evaluators: Iterable[Evaluator]) -> None:
+    """Raise ConfigError if two evaluators return a metric of the same name."""
+    names = [name for evaluator in evaluators for name in evaluator.better]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"two evaluators return {sorted(twice)[0]!r}", "Pipeline.evaluators")
+
+
+def check_rows(
+    evaluators: Iterable[Evaluator], tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], context: Context
+) -> None:
+    """Raise DataError if an evaluator cannot measure the held-out rows, where there are any."""
+    for evaluator in evaluators if rows else ():
+        evaluator.check_data(tokenizer, rows, context)
+
+
+def measure(
+    evaluators: Iterable[Evaluator],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    context: Context,
+) -> Measured:
+    """All metrics of all evaluators on `rows`; none without rows. TrainingError for one that is not finite.
+
+    The details of each evaluator are under its name, those of a second one of its name under "name-2".
+    """
+    metrics: dict[str, float] = {}
+    scores: dict[str, Sequence[float]] = {}
+    weights: dict[str, Sequence[float]] = {}
+    details: dict[str, Any] = {}
+    if rows:
+        asked = Asked(rows)
+        with evaluating(model):
+            for evaluator in evaluators:
+                found = evaluator.evaluate(model, tokenizer, asked, context)
+                metrics |= found
+                if isinstance(found, Measured):
+                    scores |= found.scores
+                    weights |= found.weights
+                    details |= {_free(evaluator.name, details): found.details} if found.details else {}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"{name} on the validation rows is {value}: the model's output is broken")
+    return Measured(metrics, scores=scores, weights=weights, details=details)
+
+
+@attrs.define(eq=False)
+class Measuring:
+    """The evaluations of one run: of the base, while training, and of the tuned model.
+
+    Each is written to `evaluations/base.json`, `evaluations/step-000040.json`, `evaluations/tuned.json`.
+
+    Args:
+        evaluators: what is measured.
+        tokenizer: the model's.
+        rows: the held-out rows; nothing is measured without.
+        context: the facts of the run.
+        processes: those of the run; the first measures, so that each row counts once, and the others wait.
+        step: optimizer steps taken.
+    """
+
+    evaluators: Sequence[Evaluator]
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Encoded]
+    context: Context
+    processes: Processes = ALONE
+    step: int = 0
+
+    def counting(self, after_step: Callable[[nn.Module, int], None]) -> Callable[[nn.Module, int], None]:
+        """`after_step`, and the step is known here: an evaluation while training is kept under its number."""
+
+        def counted(model: nn.Module, step: int) -> None:
+            self.step = step
+            after_step(model, step)
+
+        return counted
+
+    def measure(self, model: nn.Module, name: str | None = None) -> Mapping[str, float]:
+        """The metrics of `model`; kept as `name`, else under the number of the step."""
+        return self.processes.shared(lambda: dict(self._measure(model, name)))
+
+    def _measure(self, model: nn.Module, name: str | None) -> Measured:
+        directory, context = self.context.run_directory, self.context
+        if directory and name != BASE:
+            context = attrs.evolve(context, base_metrics=read_json(directory / START)["base_metrics"])
+        found = measure(self.evaluators, model, self.tokenizer, self.rows, context)
+        if self.rows and directory:
+            (directory / EVALUATIONS).mkdir(exist_ok=True)
+            kept = {"metrics": found, "details": found.details, "scores": found.scores, "weights": found.weights}
+            write_json(directory / EVALUATIONS / f"{name or f'step-{self.step:06d}'}.json", kept)
+        return found
+
+    def intervals(self) -> dict[str, Any]:
+        """For each metric with a score a row: intervals of base, tuned and their difference, and `p` of that."""
+        if not self.rows or self.context.run_directory is None:
+            return {}
+        directory = self.context.run_directory / EVALUATIONS
+        base, tuned = (read_json(directory / f"{name}.json") for name in (BASE, TUNED))
+        found = {}
+        for metric, scores in tuned["scores"].items():
+            before, weights = base["scores"].get(metric, []), tuned["weights"].get(metric)
+            if len(before) != len(scores):  # the run was resumed with other rows or evaluators, by force
+                continue
+            gain = paired_difference(before, scores, weights, seed=self.context.seed)
+            found[metric] = {
+                BASE: mean_interval(before, weights, seed=self.context.seed),
+                TUNED: mean_interval(scores, weights, seed=self.context.seed),
+                "difference": [gain.low, gain.high],
+                "p": gain.p,
+            }
+        return {"level": LEVEL, "resamples": RESAMPLES, "seed": self.context.seed, "metrics": found} if found else {}
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    number = 1 + sum(key == name or key.startswith(f"{name}-") for key in taken)
+    return name if number == 1 else f"{name}-{number}"

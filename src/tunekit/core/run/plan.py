@@ -1,0 +1,92 @@
+"""What a run will do, known before it starts: steps and tokens from the real rows, parameters from the meta device."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tunekit.core.common.table import html_table, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What `Pipeline.plan` returns; prints as a table.
+
+    Args:
+        rows: training rows.
+        validation_rows: held-out rows.
+        steps: optimizer steps.
+        learning_rate: the highest, the method's own where the trainer leaves it open; None if the trainer does not say.
+        tokens: tokens in one pass over the training rows.
+        supervised_tokens: those of them that carry loss.
+        longest: tokens of the longest training row.
+        trainable_parameters: parameters that training changes.
+        total_parameters: all parameters, trainable ones included.
+        checkpoint: bytes of one on disk; None if the trainer does not say.
+        memory: bytes by part that are held throughout; activations come on top.
+        changed: rows dropped or cut, by reason.
+    """
+
+    rows: int
+    validation_rows: int
+    steps: int
+    learning_rate: float | None
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    trainable_parameters: int
+    total_parameters: int
+    checkpoint: int | None
+    memory: Mapping[str, int]
+    changed: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return table(["plan", ""], self._lines())
+
+    def _repr_html_(self) -> str:
+        return html_table(["plan", ""], self._lines())
+
+    def _lines(self) -> list[list[str]]:
+        share = self.trainable_parameters / self.total_parameters
+        return [
+            ["training rows", f"{self.rows:,}"],
+            [
+                "validation rows",
+                f"{self.validation_rows:,}" if self.validation_rows else "none: nothing is evaluated",
+            ],
+            ["optimizer steps", f"{self.steps:,}"],
+            ["learning rate", "the trainer's own" if self.learning_rate is None else f"{self.learning_rate:g} at most"],
+            ["tokens in one pass", f"{self.tokens:,}, the longest row {self.longest:,}"],
+            ["supervised tokens", f"{self.supervised_tokens:,} ({self.supervised_tokens / self.tokens:.1%})"],
+            [
+                "trainable parameters",
+                f"{self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2%})",
+            ],
+            *([] if self.checkpoint is None else [["a checkpoint", f"{self.checkpoint / 2**20:,.1f} MiB on disk"]]),
+            *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items()),
+            *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in self.changed.items()),
+        ]
+
+
+def count_parameters(model: "nn.Module") -> tuple[int, int]:
+    """Trainable and all parameters of a model, shared ones counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def standing_memory(model: "nn.Module", base_bytes: int, quantized: bool) -> dict[str, int]:
+    """Bytes held throughout training by part.
+
+    Args:
+        model: the model with the method attached; on the meta device will do.
+        base_bytes: bytes of one frozen weight.
+        quantized: whether the base is then stored in fewer bits; what that saves is not reckoned here, and said so.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in trainable)
+    part = "frozen weights, before quantization" if quantized else "frozen weights"
+    return {part: frozen * base_bytes, "trained weights": trained, "gradients": trained}

@@ -1,0 +1,270 @@
+"""`RunReport`: a finished run on one HTML page, without network or scripts, from what its directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from importlib import resources
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.core import recipe
+from tunekit.core.common import plots
+from tunekit.core.common.secrets import redacted
+from tunekit.core.common.writing import replace
+from tunekit.core.component import Context
+from tunekit.core.data.codec import Codec
+from tunekit.core.interfaces import Trainer
+from tunekit.core.run import files, overview
+from tunekit.core.run.model_card import PACKAGES, fields_line, portable
+from tunekit.errors import TrainingError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tunekit.core.data.dataset import Data
+
+FILE = "report.html"
+MEASURED = "measured.json"
+STYLE, BODY = "run_report.css", "run_report.html"
+MOST_CURVES = 12
+"""A page with more curves than this is not looked at, and takes long to draw."""
+MOST_LINES = 20
+"""So many lines of figures stand for the curves where they cannot be drawn."""
+FIRST_CURVES = ("loss", "learning_rate", "grad_norm")
+NOT_CURVES = ("step", "tokens", "skipped")
+ROUTINE = ("started", "saved ", "finished")
+"""How lines of the log begin that every run has."""
+
+
+class RunReport:
+    """A report on a run, finished: shows itself in a notebook, and writes one HTML file that needs no network.
+
+    Everything is read from the run directory: neither the data nor the model is needed.
+
+    Args:
+        directory: the run directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def html(self) -> str:
+        """The page, whole. Everything from the run is escaped."""
+        head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        head += '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        return f"{head}<title>tunekit run</title></head><body style='margin:0'>\n{self._fragment}\n</body></html>\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page, whole or not at all, and return the path."""
+        path = Path(path)
+        replace(path, self.html())
+        return path
+
+    def __repr__(self) -> str:
+        return f"RunReport({str(self.directory)!r})"
+
+    def _repr_html_(self) -> str:
+        return self._fragment
+
+    @cached_property
+    def _fragment(self) -> str:
+        import jinja2
+
+        package = resources.files("tunekit.core.run")
+        style, body = ((package / name).read_text(encoding="utf-8") for name in (STYLE, BODY))
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        return redacted(f"<style>{style}</style>\n{environment.from_string(body).render(self._content())}")
+
+    def _content(self) -> dict[str, Any]:
+        place = self.directory
+        result, environment = (files.read_json(place / name) for name in (files.RESULT, files.ENVIRONMENT))
+        table, kept = recipe.read(place / files.RECIPE), _optional(place / overview.OVERVIEW)
+        measured = _optional(place / MEASURED)
+        evaluations = {name: _optional(place / files.EVALUATIONS / f"{name}.json") for name in ("base", "tuned")}
+        history = files.history(place)
+        return {
+            "name": place.resolve().name,
+            "call": repr(place.resolve().name),
+            "model": portable(table["model"]),
+            "made_of": _made_of(table),
+            "data": _data(result),
+            "lengths": _lengths(kept["lengths"]) if kept else None,
+            "preview": overview.preview(kept).html() if kept else None,
+            "plan": _plan(result, kept.get("planned", {}), measured, history),
+            "metrics": _metrics(result),
+            "curves": _curves(history),
+            "figures": _figures(history),
+            "samples": _samples(evaluations),
+            "notes": _notes(place / files.LOG),
+            "environment": _environment(environment),
+        }
+
+
+def leave(log: files.RunLog, data: Data, codec: Codec, trainer: Trainer, context: Context) -> None:
+    """Write `overview.json` and `report.html` of a run that finished.
+
+    Whatever goes wrong is noted in the log and raises nothing: the run is good without its report. Of several processes
+    the first writes them.
+    """
+    if not log.processes.is_first:
+        return
+    try:
+        rate = trainer.peak_learning_rate(context)
+        overview.write(log.directory, data, codec, context.total_steps, rate)
+        RunReport(log.directory).save(log.directory / FILE)
+    except Exception as error:
+        with suppress(TrainingError):  # a full disk takes no note either
+            log.note(f"there is no {FILE}: {type(error).__name__}: {redacted(str(error))}")
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """A file that not every run has; empty where there is none."""
+    found: dict[str, Any] = files.read_json(path) if path.is_file() else {}
+    return found
+
+
+def _made_of(table: Mapping[str, Any]) -> list[list[str]]:
+    """The parts of the pipeline, by recipe name, and their fields."""
+    parts = [(kind, table[kind]) for kind in ("data", "adapter", "quantizer", "trainer") if kind in table]
+    parts += [("evaluator", found) for found in table.get("evaluators", [])]
+    return [[kind, found["use"], fields_line(found)] for kind, found in parts]
+
+
+def _data(result: Mapping[str, Any]) -> list[list[str]]:
+    rows, tokens = result["rows"], result["tokens"]
+    share = f" ({tokens['supervised'] / tokens['train']:.1%})" if tokens["train"] else ""
+    return [
+        ["training rows", f"{rows['train']:,}"],
+        ["held-out rows", f"{rows['validation']:,}"],
+        ["tokens in one pass", f"{tokens['train']:,}"],
+        ["of them learned", f"{tokens['supervised']:,}{share}"],
+        *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in rows["changed"].items()),
+    ]
+
+
+def _plan(
+    result: Mapping[str, Any],
+    planned: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+) -> list[list[str]]:
+    """What was planned beside what was measured; a dash where one of them is not known."""
+    rates = [line["learning_rate"] for line in history if "learning_rate" in line]
+    parameters = result["parameters"]
+    share = parameters["trainable"] / parameters["total"]
+    speed, memory = measured.get("tokens_per_second"), measured.get("peak_memory")
+    resumes = len(result["resumes"])
+    return [
+        ["optimizer steps", _number(planned.get("steps")), _number(result["training"]["steps"])],
+        ["highest learning rate", _number(planned.get("learning_rate")), _number(max(rates, default=None))],
+        ["trained parameters", "-", f"{parameters['trainable']:,} of {parameters['total']:,} ({share:.2%})"],
+        ["seconds", "-", f"{result['seconds']:,.1f}" + (" since it was resumed" if resumes else "")],
+        *([["tokens a second", "-", f"{speed:,.0f}"]] if speed else []),
+        *([["peak memory", "-", f"{memory / 2**20:,.0f} MiB"]] if memory else []),
+        *([["resumed", "-", f"{resumes} time{'s' * (resumes != 1)}"]] if resumes else []),
+    ]
+
+
+def _metrics(result: Mapping[str, Any]) -> list[list[str]]:
+    """Each metric of base and tuned model, with its interval where it has one, and of their difference."""
+    intervals = result.get("intervals", {}).get("metrics", {})
+    lines = []
+    for name, value in result["metrics"].items():
+        found, before = intervals.get(name, {}), result["base_metrics"].get(name)
+        gain = f"{_span(found['difference'])}, p = {found['p']:.2g}" if found else "-"
+        lines.append([name, _with(before, found.get("base")), _with(value, found.get("tuned")), gain])
+    return lines
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+    """The names and SVGs of what was logged; none without matplotlib."""
+    if not find_spec("matplotlib"):
+        return []
+    return [(name, _drawn(plots.curve(history, name), name)) for name in _names(history)[:MOST_CURVES]]
+
+
+def _lengths(histogram: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The histogram of lengths as an SVG; without matplotlib as a table."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    spans = [f"{low} to {high - 1}" if high - low > 1 else str(low) for low, high in pairwise(edges)]
+    table = [[span, f"{count:,}"] for span, count in zip(spans, counts, strict=True) if count]
+    drawn = _drawn(plots.histogram(edges, counts, "tokens"), "lengths") if find_spec("matplotlib") else None
+    return {"svg": drawn, "table": table}
+
+
+def _drawn(figure: Figure, name: str) -> str:
+    figure.axes[0].locator_params(nbins=6)  # most of the time goes into the numbers on the axes
+    figure.axes[0].set_ylabel("")  # the caption says it, and a name is nothing for matplotlib to read formulas in
+    return plots.svg(figure, name)
+
+
+def _figures(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What was logged as a table of some lines, evenly spread, the first and the last among them."""
+    names, by_step = _names(history), dict[int, dict[str, float]]()
+    for line in history:
+        by_step.setdefault(int(line["step"]), {}).update(line)
+    steps = sorted(by_step)
+    if len(steps) > MOST_LINES:
+        steps = sorted({steps[round(at * (len(steps) - 1) / (MOST_LINES - 1))] for at in range(MOST_LINES)})
+    return {
+        "header": ["step", *names],
+        "lines": [[step, *(_cell(by_step[step], name) for name in names)] for step in steps],
+    }
+
+
+def _names(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """What was logged, the loss and what was measured first."""
+    logged = [name for name in dict.fromkeys(name for line in history for name in line) if name not in NOT_CURVES]
+    measured = [name for name in logged if name.startswith("validation/")]
+    first = [FIRST_CURVES[0], *measured, *FIRST_CURVES[1:]]
+    return [name for name in first if name in logged] + [name for name in logged if name not in first]
+
+
+def _samples(evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Prompt, the base's answer and the tuned model's, of every evaluator that kept answers to prompts."""
+    base, tuned = (dict(_answers(evaluations[name].get("details", {}))) for name in ("base", "tuned"))
+    return [[prompt, base.get((name, prompt), "-"), answer] for (name, prompt), answer in tuned.items()]
+
+
+def _answers(details: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    for name, found in details.items():
+        answers = found.get("answers") if isinstance(found, Mapping) else None
+        for one in answers if isinstance(answers, list) else ():
+            if isinstance(one, Mapping) and {"prompt", "answer"} <= one.keys():
+                yield (name, str(one["prompt"])), str(one["answer"])
+
+
+def _notes(path: Path) -> list[str]:
+    """The lines of the log that not every run has; without the times."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    said = [line.partition(" ")[2] for line in lines]
+    return [line for line in dict.fromkeys(said) if line and not line.startswith(ROUTINE)]
+
+
+def _environment(environment: Mapping[str, Any]) -> list[list[str]]:
+    packages = environment["packages"]
+    names = ("device", "dtype", "seed", "python", "platform")
+    lines = [[name, str(environment[name])] for name in names]
+    lines += [[name, packages[name]] for name in PACKAGES if name in packages]
+    return lines + [["plugin " + name, made] for name, made in environment["components"].items()]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _cell(line: Mapping[str, float], name: str) -> str:
+    return f"{line[name]:.4g}" if name in line else ""
+
+
+def _span(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+def _with(value: float | None, interval: Sequence[float] | None) -> str:
+    return _number(value) + (f" ({_span(interval)})" if interval else "")

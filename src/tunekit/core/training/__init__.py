@@ -1,0 +1,1 @@
+"""The loss of some rows, and the processes that share them."""

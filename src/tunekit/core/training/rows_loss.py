@@ -1,0 +1,145 @@
+"""The loss of some rows, by the quickest of three ways to the same number that is right for the model.
+
+The plainest pads the rows and makes logits of every token. The quicker ones lay the rows end to end without padding,
+and make logits only where there is a label, a few tokens at a time. Whether a model can be trained so is not looked up
+in a list: it is tried on rows of the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tunekit.core.data.batching import collate
+from tunekit.core.data.codec import IGNORED
+from tunekit.core.evaluation.predicting import evaluating
+from tunekit.core.interfaces import Encoded
+from tunekit.core.training.segments import ATTENTION, attending, flatten
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOLERANCE = {"float32": 1e-5}
+"""Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
+
+
+@attrs.define(kw_only=True, eq=False)
+class RowsLoss:
+    """How the loss of rows is computed: calling it gives the cross-entropy summed over their supervised tokens.
+
+    Args:
+        model: the module to train, without the wrappers of a parallel run.
+        pad_id: fills shorter rows where rows are padded.
+        device: where tensors are made.
+        padding_free: rows are laid end to end; within `training()` only.
+        chunked: logits are made where there is a label, a chunk at a time.
+        notes: why a quicker way was not taken.
+    """
+
+    model: nn.Module
+    pad_id: int
+    device: str
+    padding_free: bool = False
+    chunked: bool = False
+    notes: Sequence[str] = ()
+    _usual: str = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._usual = getattr(self.model.config, "_attn_implementation", "")
+
+    def __call__(self, model: nn.Module, rows: Sequence[Encoded]) -> Tensor:
+        """The summed loss of `rows`, a float32 scalar with a graph; `model` is the module, or what wraps it."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        if self.padding_free:
+            inputs = flatten(rows, self.device)
+            starts = [0]
+            for row in rows[:-1]:
+                starts.append(starts[-1] + len(row["input_ids"]))
+            at, targets = _supervised(rows, starts)
+        else:
+            inputs = collate(rows, self.pad_id, self.device)
+            width = inputs.pop("labels").shape[1]
+            at, targets = _supervised(rows, [number * width for number in range(len(rows))])
+        places, wanted = (torch.tensor(numbers, device=self.device) for numbers in (at, targets))
+        if not self.chunked:
+            logits = model(**inputs, use_cache=False).logits
+            return cross_entropy(logits.flatten(0, 1)[places].float(), wanted, reduction="sum")
+
+        from tunekit.core.training.head_loss import head_loss, without_head
+
+        head = self.model.get_output_embeddings()
+        with without_head(head) as real:
+            hidden = model(**inputs, use_cache=False).logits
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within it, the model attends as this way to the loss needs."""
+        with attending(self.model, ATTENTION) if self.padding_free else nullcontext():
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, inside of `training()`, the model attends as it does otherwise: to evaluate it."""
+        with attending(self.model, self._usual) if self.padding_free else nullcontext():
+            yield
+
+
+def choose(
+    model: nn.Module, rows: Sequence[Encoded], pad_id: int, device: str, *, padding_free: bool, chunked: bool
+) -> RowsLoss:
+    """The quickest way that is right for `model`: each is tried, without dropout, against the plain one.
+
+    Args:
+        model: the module to train.
+        rows: some of the user's rows, at best of several lengths.
+        pad_id: the pad token.
+        device: where the model is.
+        padding_free: whether rows may be laid end to end.
+        chunked: whether logits may be made a chunk at a time.
+    """
+    chosen = RowsLoss(model=model, pad_id=pad_id, device=device)
+    with evaluating(model):
+        plain = float(chosen(model, rows))
+        if chunked:
+            chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
+        if padding_free:
+            chosen = _tried(attrs.evolve(chosen, padding_free=True), chosen, "rows without padding", rows, plain)
+    return chosen
+
+
+def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], plain: float) -> RowsLoss:
+    """`way` if it gives the plain loss, else `other` with a note of why not."""
+    if reason := _fault(way, rows, plain):
+        return attrs.evolve(other, notes=[*other.notes, f"no {name}: {reason}"])
+    return way
+
+
+def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None:
+    """Why this way is not right for its model; None if it is."""
+    try:
+        with tried.training():
+            found = float(tried(tried.model, rows))
+    except Exception as error:  # whatever a model of somebody else's raises, there is the plain way
+        return f"{type(error).__name__}: {error}"
+    dtype = str(next(tried.model.parameters()).dtype).removeprefix("torch.")
+    if abs(found - plain) <= TOLERANCE.get(dtype, 1e-2) * abs(plain):
+        return None
+    return f"the loss is {found:.6g} so, and {plain:.6g} plainly"
+
+
+def _supervised(rows: Sequence[Encoded], starts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The places, each before a supervised token, and the tokens to predict there; a row's begin at its start."""
+    pairs: list[tuple[int, Any]] = [
+        (start + at, label)
+        for row, start in zip(rows, starts, strict=True)
+        for at, label in enumerate(row["labels"][1:])
+        if label != IGNORED
+    ]
+    return [place for place, _ in pairs], [label for _, label in pairs]

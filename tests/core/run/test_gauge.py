@@ -1,0 +1,72 @@
+"""Only training is timed, and only tokens of the steps that were timed are counted."""
+
+import json
+
+import pytest
+
+from tunekit.core.run import gauge
+from tunekit.core.run.files import RunLog
+from tunekit.core.run.gauge import Gauge
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(gauge.time, "monotonic", lambda: now[0])
+
+    def passes(seconds):
+        now[0] += seconds
+
+    return passes
+
+
+def finish(found, directory, resumed=None):
+    found.tunekit_run_finished(run=RunLog(directory=directory, observers=None, resumed=resumed), error=None)
+    return json.loads((directory / gauge.MEASURED).read_text(encoding="utf-8"))
+
+
+def test_the_first_step_evaluations_and_checkpoints_are_left_out(tmp_path, clock):
+    found = Gauge("cpu", iter([1000, 10, 20, 30, 40, 5000]))
+    found.tunekit_run_started()
+    clock(50)  # loading, the base's evaluation, the first step
+    found.tunekit_log(step=1, metrics={"loss": 1.0})
+    clock(2)
+    found.tunekit_log(step=3, metrics={"loss": 1.0})  # steps 2 and 3, 30 tokens in 2 seconds
+    clock(7)
+    found.tunekit_log(step=3, metrics={"validation/perplexity": 1.0})
+    clock(5)
+    found.tunekit_saved(step=3)
+    clock(1)
+    found.tunekit_log(step=4, metrics={"loss": 1.0})  # 30 tokens in 1 second
+    clock(35)
+    assert finish(found, tmp_path) == {"tokens_per_second": 60 / 3, "peak_memory": None, "seconds": 100.0}
+
+
+def test_a_resumed_run_counts_the_tokens_of_its_own_steps_and_no_time_of_the_whole(tmp_path, clock):
+    found = Gauge("cpu", iter([1, 2, 4, 8, 16]))
+    found.tunekit_run_started()
+    clock(3)
+    found.tunekit_log(step=3, metrics={"loss": 1.0})
+    clock(2)
+    found.tunekit_log(step=5, metrics={"loss": 1.0})
+    assert finish(found, tmp_path, resumed="a checkpoint") == {
+        "tokens_per_second": 24 / 2,
+        "peak_memory": None,
+        "seconds": None,
+    }
+
+
+@pytest.mark.parametrize("tokens", [None, iter([5])])
+def test_what_cannot_be_known_is_null(tmp_path, clock, tokens):
+    found = Gauge("cpu", tokens)
+    found.tunekit_run_started()
+    clock(3)
+    found.tunekit_log(step=1, metrics={"loss": 1.0})
+    assert finish(found, tmp_path)["tokens_per_second"] is None
+
+
+def test_a_run_that_failed_leaves_nothing(tmp_path):
+    found = Gauge("cpu", None)
+    found.tunekit_run_started()
+    found.tunekit_run_finished(run=RunLog(directory=tmp_path, observers=None), error=ValueError())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,254 @@
+"""`verify` passes where the numerics are right, and where one thing is wrong, the line that is about it fails."""
+
+import random
+import tempfile
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tunekit as tk
+from tunekit.core.data.batching import supervised_tokens
+from tunekit.core.training import head_loss, segments
+from tunekit.core.training.rows_loss import RowsLoss
+from tunekit.testing import tiny_model, tiny_tokenizer
+
+ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} " * (n % 4 + 1)} for n in range(9)]
+CHECKS = [
+    "start == base",
+    "accumulation 1xN == Nx1",
+    "padding-free == padded",
+    "chunked loss == plain loss",
+    "base untouched",
+    "saved == loaded",
+    "merged == live",
+    "resumed == uninterrupted",
+]
+
+
+def make(model, adapter, **changes):
+    return tk.Pipeline(model=str(model), **{"data": tk.InMemory(rows=ROWS), "adapter": adapter, **changes})
+
+
+def statuses(report):
+    return {line.check: line.status for line in report.lines}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    place = tmp_path_factory.mktemp("gpt2")
+    tiny_model("gpt2").save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+RIGHT = {
+    "lora": tk.LoRA(rank=4),
+    "dropout": tk.LoRA(rank=4, dropout=0.5),
+    "adalora": tk.AdaLoRA(),
+    "ia3": tk.IA3(),
+    "qlora": tk.QLoRA(rank=4),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_passes_every_line(tiny_directory, name):
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    report = make(tiny_directory, RIGHT[name]).verify()
+    assert statuses(report) == dict.fromkeys(CHECKS, "pass"), str(report)
+    assert report.ok
+
+
+def test_another_architecture_and_half_precision_pass_too(gpt2, tiny_directory):
+    for pipeline in (make(gpt2, tk.LoRA(rank=4)), make(tiny_directory, tk.LoRA(rank=4), dtype="bfloat16")):
+        report = pipeline.verify()
+        assert report.ok, str(report)
+        assert {"pass"} == set(statuses(report).values()), str(report)
+
+
+def test_what_there_is_nothing_to_compare_of_says_why(tiny_directory):
+    report = make(tiny_directory, tk.PromptTuning(virtual_tokens=4), trainer=tk.Transformers()).verify()
+    reasons = {line.check: line.reason for line in report.lines if line.status == "n/a"}
+    assert report.ok
+    assert reasons["start == base"] == "prompt-tuning does not start as its base"
+    assert reasons["accumulation 1xN == Nx1"] == "transformers has no micro_batch_size"
+    assert "cannot be merged" in reasons["merged == live"]
+    assert reasons["resumed == uninterrupted"] == "transformers wrote no checkpoint to go on from"
+
+
+# What is wrong -------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class StartsElsewhere(tk.LoRA):
+    """LoRA whose B does not start at zero."""
+
+    def attach(self, model, context):
+        found = super().attach(model, context)
+        with torch.no_grad():
+            for name, value in found.named_parameters():
+                if "lora_B" in name:
+                    value += 0.01
+        return found
+
+
+@attrs.frozen(kw_only=True)
+class WritesIntoTheBase(tk.LoRA):
+    """LoRA that changes an embedding, of a token that no row has."""
+
+    def after_step(self, model, step):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[250] += 0.001
+
+
+@attrs.frozen(kw_only=True)
+class SavesHalf(tk.LoRA):
+    """LoRA that saves the half of one tensor."""
+
+    def save(self, model, directory):
+        super().save(model, directory)
+        path = directory / "adapter_model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file({**tensors, name: tensors[name] / 2}, path)
+
+
+@attrs.frozen(kw_only=True)
+class SavesNothing(tk.LoRA):
+    """LoRA that cannot be saved."""
+
+    def save(self, model, directory):
+        raise RuntimeError("no room")
+
+
+@attrs.frozen(kw_only=True)
+class MergesDouble(tk.LoRA):
+    """LoRA that is merged with a weight off."""
+
+    def merge(self, model, context):
+        merged = super().merge(model, context)
+        merged.lm_head.weight.data *= 1.001
+        return merged
+
+
+@attrs.frozen(kw_only=True)
+class CountsInSecret(tk.LoRA):
+    """LoRA that depends on how many steps it has seen in this process."""
+
+    def after_step(self, model, step):
+        model.seen = getattr(model, "seen", 0) + 1
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(1 + 0.01 * model.seen)
+
+
+class MeanOfMeans(RowsLoss):
+    """The mean over the tokens of each forward pass."""
+
+    def __call__(self, model, rows):
+        return 10 * super().__call__(model, rows) / sum(map(supervised_tokens, rows))
+
+
+@attrs.frozen(kw_only=True)
+class AveragesMicroBatches(tk.SFT):
+    """SFT whose loss depends on how rows are split."""
+
+    def _summed_loss(self, *arguments):
+        found = super()._summed_loss(*arguments)
+        names = ("model", "pad_id", "device", "padding_free", "chunked")
+        return MeanOfMeans(**{name: getattr(found, name) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "check"),
+    [
+        (StartsElsewhere(rank=4), "start == base"),
+        (AveragesMicroBatches(), "accumulation 1xN == Nx1"),
+        (WritesIntoTheBase(rank=4), "base untouched"),
+        (SavesHalf(rank=4), "saved == loaded"),
+        (MergesDouble(rank=4), "merged == live"),
+        (CountsInSecret(rank=4), "resumed == uninterrupted"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_wrong_fails_the_line_that_is_about_it_and_no_other(tiny_directory, wrong, check):
+    parts = {"trainer": wrong} if isinstance(wrong, tk.Trainer) else {}
+    type(wrong).name = type(wrong).__name__.lower()
+    report = make(tiny_directory, tk.LoRA(rank=4) if parts else wrong, **parts).verify()
+    assert statuses(report) == {**dict.fromkeys(CHECKS, "pass"), check: "fail"}, str(report)
+    assert not report.ok
+    (line,) = [line for line in report.lines if line.status == "fail"]
+    assert line.difference > line.bound
+    assert f"{line.difference:.2g}" in str(report)
+
+
+def test_a_gradient_that_is_wrong_behind_a_loss_that_is_right_is_seen(tiny_directory, monkeypatch):
+    pipeline = make(tiny_directory, tk.LoRA(rank=4))
+    attend, slope = segments.attend, head_loss._loss_and_slope
+
+    def detached(*arguments, **options):
+        found, weights = attend(*arguments, **options)
+        return found.detach(), weights
+
+    def steeper(logits, targets):
+        loss, found = slope(logits, targets)
+        return loss, 1.5 * found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "attend", detached)
+        assert statuses(pipeline.verify()) == {**dict.fromkeys(CHECKS, "pass"), "padding-free == padded": "fail"}
+    with monkeypatch.context() as patch:
+        patch.setattr(head_loss, "_loss_and_slope", steeper)
+        assert statuses(pipeline.verify()) == {**dict.fromkeys(CHECKS, "pass"), "chunked loss == plain loss": "fail"}
+
+
+def test_a_line_that_cannot_be_measured_fails_with_the_reason_and_raises_nothing(tiny_directory):
+    SavesNothing.name = "saves-nothing"
+    report = make(tiny_directory, SavesNothing(rank=4)).verify()
+    expected = {"saved == loaded": "fail", "merged == live": "n/a"}
+    assert statuses(report) == {**dict.fromkeys(CHECKS, "pass"), **expected}
+    assert "RuntimeError: no room" in str(report)
+
+
+# What it leaves ------------------------------------------------------------------------------------------------------
+
+
+def test_it_leaves_no_file_and_draws_from_no_random_state(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = states()
+    make(tiny_directory, tk.LoRA(rank=4, dropout=0.1)).verify()
+    assert states() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_few_and_short_and_bad_ones_are_passed_over(tmp_path):
+    from tunekit.core.data.codec import Codec
+    from tunekit.core.run.verification import TOKENS, some_rows
+
+    long = [{"prompt": "x" * 500, "completion": "an answer"}, {"prompt": "short", "completion": "y" * 500}]
+    codec = Codec(tiny_tokenizer())
+    rows = some_rows(tk.InMemory(rows=[{"prompt": "?", "completion": "!"}, *long]), tk.SFT(), codec, 40)
+    assert [len(row["input_ids"]) for row in rows] == [len(row["labels"]) for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) > 1, "nothing would be padded"
+    assert max(len(row["input_ids"]) for row in rows) == 40 < TOKENS
+    alike = some_rows(tk.InMemory(rows=long[:1] * 9), tk.SFT(), codec, None)
+    assert len({len(row["input_ids"]) for row in alike}) == len(alike), "nothing would be padded"
+    assert all(supervised_tokens(row) for row in rows)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\n')
+    with pytest.raises(tk.DataError, match="none of the first 32 rows can be learned from"):
+        some_rows(tk.JsonLines(path=str(tmp_path / "bad.jsonl")), tk.SFT(), codec, None)
+
+
+def test_what_cannot_work_is_told_as_by_a_run(tiny_directory):
+    with pytest.raises(tk.ConfigError, match="cannot train on a nf4 base"):
+        make(tiny_directory, tk.Full(), quantizer=tk.NF4()).verify()
+    with pytest.raises(tk.ConfigError, match="no module is named"):
+        make(tiny_directory, tk.LoRA(targets=("nowhere",))).verify()

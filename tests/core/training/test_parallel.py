@@ -1,0 +1,163 @@
+"""Two processes make the run that one makes: to the rounding of float32, for every method, resumed or not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_runs import METHODS, STOP, Stops, make
+from safetensors.torch import load_file
+
+import tunekit as tk
+from tunekit.core.run import checkpoint, files
+from tunekit.core.training import parallel
+from tunekit.core.training.parallel import Processes
+
+HERE = Path(__file__).parent
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")  # fmt: skip
+
+
+def launch(*arguments, launcher=TORCHRUN):
+    """Start the script of parallel_runs.py by a launcher; returns its exit status and what it said."""
+    command = [sys.executable, "-m", *launcher, str(HERE / "parallel_runs.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(tiny_directory, tmp_path_factory):
+    """The runs of every method on two processes."""
+    directory = tmp_path_factory.mktemp("two")
+    status, said = launch("methods", tiny_directory, directory)
+    assert status == 0, said
+    return directory
+
+
+@pytest.fixture(scope="module")
+def one(tiny_directory, tmp_path_factory):
+    """AdaLoRA on one process."""
+    directory = tmp_path_factory.mktemp("one") / "adalora"
+    make(tiny_directory, METHODS["adalora"]).run(directory)
+    return directory
+
+
+def weights(directory):
+    found = {}
+    for file in sorted((directory / "adapter").glob("*.safetensors")):
+        found |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
+    return found
+
+
+def difference(left, right):
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    # AdaLoRA may leave a matrix without any rank.
+    pairs = [(left[name], right[name]) for name in left if left[name].numel() or right[name].numel()]
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_end_with_the_parameters_of_one(method, two, tiny_directory, tmp_path):
+    make(tiny_directory, METHODS[method]).run(tmp_path / "one")
+    assert difference(two / method, tmp_path / "one") < 1e-6
+    for here, there in zip(files.history(two / method), files.history(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-4)  # one line a step, of the whole step's loss and gradient
+    mine, its = (json.loads((place / "result.json").read_text()) for place in (two / method, tmp_path / "one"))
+    assert mine["metrics"] == pytest.approx(its["metrics"], rel=1e-5)
+    assert mine["rows"] == its["rows"]
+
+
+def test_a_directory_that_is_taken_is_refused_on_every_process(two):
+    assert (two / "refused-0").exists()
+    assert (two / "refused-1").exists()
+
+
+def test_one_process_writes(two):
+    lines = (two / "lora" / "log.txt").read_text().splitlines()
+    assert sum("started" in line for line in lines) == sum("finished" in line for line in lines) == 1
+    assert not list((two / "lora").glob("*.lock"))
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(two):
+    for name in ("dropout", "adalora"):
+        assert [(two / f"{name}-left-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+        assert checkpoint.newest(two / "stopped" / name / "checkpoints").step == STOP
+
+
+@pytest.fixture(scope="module")
+def resumed(two, tiny_directory, tmp_path_factory):
+    """Two runs that two processes go on with: one of two processes, with dropout, and one of a single process."""
+    directory = tmp_path_factory.mktemp("resumed")
+    shutil.copytree(two / "stopped" / "dropout", directory / "dropout")
+    with pytest.raises(SystemExit):
+        make(tiny_directory, METHODS["adalora"]).run(directory / "adalora", observers=[Stops()])
+    status, said = launch("resume", tiny_directory, directory, launcher=ACCELERATE)
+    assert status == 0, said
+    return directory
+
+
+def test_a_run_resumed_on_as_many_processes_is_the_same_to_the_bit_and_accelerate_launches_it(resumed, two):
+    assert difference(resumed / "dropout", two / "dropout") == 0
+
+
+def test_a_run_of_one_process_goes_on_with_two(resumed, one):
+    assert difference(resumed / "adalora", one) < 1e-6
+    assert "resumed on 2 processes, 1 before" in (resumed / "adalora" / "log.txt").read_text()
+
+
+def test_a_run_of_two_processes_goes_on_with_one(two, one, tiny_directory, tmp_path):
+    directory = shutil.copytree(two / "stopped" / "adalora", tmp_path / "adalora")
+    make(tiny_directory, METHODS["adalora"]).run(directory, resume=True)
+    assert difference(directory, one) < 1e-6
+    assert "resumed on 1 processes, 2 before" in (directory / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("variable", parallel.SHARDING)
+def test_a_launch_that_cuts_the_model_into_pieces_is_refused(variable, monkeypatch, tiny_directory, tmp_path):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(tk.NotSupported, match=variable):
+        make(tiny_directory, METHODS["lora"]).run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_of_one_process_is_refused_for_several(monkeypatch, tiny_directory, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(tk.NotSupported, match="transformers"):
+        make(tiny_directory, METHODS["lora"], tk.Transformers()).run(tmp_path / "run")
+
+
+def test_a_comparison_by_several_processes_is_refused(monkeypatch, tiny_directory, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(tk.NotSupported, match="one process"):
+        tk.compare(make(tiny_directory, METHODS["lora"]), [METHODS["lora"]], directory=tmp_path / "comparison")
+    assert not (tmp_path / "comparison").exists()
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_the_shares_of_a_step_are_its_rows_and_none_is_twice_as_long_without_need(count):
+    rows, lengths = [7, 3, 9, 1], [5, 50, 40, 8]
+    shares = [Processes(rank=rank, count=count).share(rows, lengths) for rank in range(count)]
+    assert sorted(at for share in shares for at in share) == sorted(rows)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_exchanged():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parallel.ALONE.add_gradients([parameter])
+    assert parameter.grad is None
+    assert parallel.ALONE.gather(3) == parallel.ALONE.together(lambda: 3) == [3]
+    assert parallel.ALONE.shared(lambda: 4) == 4
