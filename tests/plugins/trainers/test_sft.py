@@ -291,7 +291,7 @@ def test_the_best_needs_rows_to_be_measured_on(tmp_path):
 
 def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tunekit.plugins.trainers.sft.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tunekit.plugins.trainers.loop.time.monotonic", lambda: now[0])
 
     def a_minute_and_a_half(model, step):
         now[0] += 90
