@@ -1,0 +1,198 @@
+"""The training loop of SFT, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tunekit.core.component import Context
+from tunekit.core.data import batching
+from tunekit.core.evaluation.predicting import pad_id
+from tunekit.core.interfaces import Encoded, TrainResult
+from tunekit.core.run.checkpoint import checksums
+from tunekit.core.run.signals import asked_to_stop
+from tunekit.core.training import rows_loss
+from tunekit.core.training.parallel import started
+from tunekit.core.training.rows_loss import RowsLoss
+from tunekit.errors import NotSupported, TrainingError
+from tunekit.plugins.trainers import optimization
+from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
+from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from tunekit.core.run.files import RunLog
+    from tunekit.plugins.trainers.sft import SFT
+
+
+def fit(
+    sft: SFT,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Encoded],
+    *,
+    after_step: Callable[[nn.Module, int], None],
+    extra_loss: Callable[[nn.Module], Tensor | None],
+    validate: Callable[[], Mapping[str, float]] | None,
+    run: RunLog,
+    context: Context,
+) -> TrainResult:
+    """Train `model` in place as `sft` says; see `Trainer.fit` for the arguments.
+
+    Raises TrainingError for a loss or gradient that is not finite.
+    """
+    from accelerate import Accelerator
+
+    steps = sft.planned_steps(len(train))
+    save_every = sft.save_every or batching.steps_per_epoch(len(train), sft.batch_size)
+    accelerator, processes = Accelerator(cpu=context.device == "cpu", device_placement=False), started()
+    peak = sft.peak_learning_rate(context)
+    share = optimization.schedule(sft.schedule, sft.warmup, steps)
+    optimizer = optimization.make(sft.optimizer, model, peak, sft.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    so_far = SoFar(limits=Limits.of(sft.micro_batch_size))
+    if run.resumed:
+        so_far = SoFar(**run.resumed.state["trainer"]["so_far"])
+        if not so_far.limits.halved:
+            so_far.limits = Limits.of(sft.micro_batch_size)  # a forced resume may have another
+        optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
+    summed_loss = _summed_loss(sft, model, tokenizer, train, run, context)
+    # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    model.train()
+    run.draw(context.seed)  # last: nothing else may draw random numbers
+
+    saved_at = time.monotonic()
+    recomputing: AbstractContextManager[None] = nullcontext()
+    if sft.gradient_checkpointing:
+        recomputing = activations_computed_again(accelerator.unwrap_model(model))
+    with summed_loss.training(), recomputing, asked_to_stop() as asked:
+        for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
+            rows = batching.rows_of_step(step, len(train), sft.batch_size, context.seed, sft.order)
+            read = {at: train[at] for at in rows}  # once: rows are in files
+            tokens = sum(map(batching.supervised_tokens, read.values()))
+            attempt = partial(
+                learn,
+                step,
+                processes.share(rows, batching.lengths(list(read.values()))),
+                read,
+                so_far.limits,
+                padded=not summed_loss.padding_free,
+                loss=partial(_part, summed_loss, model, tokens),
+                backward=accelerator.backward,
+                clear=optimizer.zero_grad,
+            )
+            shares: list[Share] = processes.together(attempt)
+            losses = [one for share in shares for one in share.losses]
+            so_far.limits = smallest([share.limits for share in shares])
+            for note in [note for share in shares for note in share.notes]:
+                run.note(note)
+            # Once a step: on the first process alone, since what all have is added up.
+            extra = extra_loss(accelerator.unwrap_model(model)) if processes.is_first else None
+            if extra is not None:
+                accelerator.backward(extra)
+            processes.add_gradients(trained)
+            norm = float(accelerator.clip_grad_norm_(trained, sft.max_grad_norm))
+            loss = sum(part for part, _ in losses)
+            rate = peak * share(step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            wrong = what_is_not_finite(step, losses, norm, read, tokenizer)
+            if wrong and sft.on_nonfinite == "stop":
+                raise TrainingError(f"{wrong}. Nothing was learned from this step; {WAYS_OUT}")
+            if wrong:
+                so_far.skipped += 1
+                run.note(f"skipped {wrong}")
+                run.log(step, {"skipped": 1, "learning_rate": rate, "tokens": tokens})
+            else:
+                so_far.loss = loss
+                optimizer.step()
+                after_step(accelerator.unwrap_model(model), step)
+            optimizer.zero_grad()
+
+            if not wrong and (step % sft.log_every == 0 or step == steps):
+                run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
+            is_best = False
+            if validate and _evaluates(sft, step, steps):
+                with summed_loss.paused():
+                    measured = validate()
+                run.log(step, {f"validation/{name}": value for name, value in measured.items()})
+                if name := sft.keep_best:
+                    is_best = so_far.is_best(step, measured[name], context.better[name])
+            due = step % save_every == 0 or time.monotonic() - saved_at >= 60 * (sft.save_minutes or math.inf)
+            # Signals and clocks are of one process; what they ask for, all do at the same step.
+            asks = processes.gather((asked.by, due))
+            stop, due = next((by for by, _ in asks if by), None), asks[0][1]
+            if ((due or is_best) and step < steps) or stop:
+                way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
+                state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
+                run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step)
+                saved_at = time.monotonic()
+            if stop:
+                asked.by = stop
+                asked.leave()
+    processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
+    return TrainResult(steps=steps, metrics=so_far.metrics(sft.keep_best))
+
+
+def _summed_loss(
+    sft: SFT,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Encoded],
+    run: RunLog,
+    context: Context,
+) -> RowsLoss:
+    """The way to the loss; a resumed run goes the way it went before, to the last bit."""
+    fill = pad_id(tokenizer)
+    if run.resumed:
+        way = run.resumed.state["trainer"]["loss"]
+        free, chunked = sft.padding_free and way["padding_free"], sft.chunked_loss and way["chunked"]
+        return RowsLoss(model=model, pad_id=fill, device=context.device, padding_free=free, chunked=chunked)
+    found = rows_loss.choose(
+        model,
+        batching.shortest_and_longest(train),
+        fill,
+        context.device,
+        padding_free=sft.padding_free,
+        chunked=sft.chunked_loss,
+    )
+    for note in found.notes:
+        run.note(note)
+    return found
+
+
+def _evaluates(sft: SFT, step: int, steps: int) -> bool:
+    """Whether `step` is evaluated; where the best is kept, the last one is, which may be it."""
+    if not sft.evaluate_every:
+        return False
+    return step % sft.evaluate_every == 0 or (bool(sft.keep_best) and step == steps)
+
+
+def _part(summed_loss: RowsLoss, model: nn.Module, tokens: int, rows: Sequence[Encoded]) -> Tensor:
+    """A part of the step's loss. Divided by the tokens of the whole step: every token weighs the same in any split."""
+    return summed_loss(model, rows) / tokens
+
+
+@contextmanager
+def activations_computed_again(model: nn.Module) -> Iterator[None]:
+    """Within it, training `model` keeps the activations of no layer but its input; NotSupported if it cannot do so."""
+    # Transformers has given it the first name of late.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    try:
+        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    except (AttributeError, ValueError) as error:
+        raise NotSupported(f"{type(model).__name__} knows no gradient checkpointing: {error}") from None
+    try:
+        yield
+    finally:
+        getattr(model, f"{word}_checkpointing_disable")()
