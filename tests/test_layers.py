@@ -82,6 +82,8 @@ ORDER = [
     "core.run.lock",
     "core.run.signals",
     "core.run.files",
+    "core.run.background",
+    "core.run.run_log",
     "core.run.resume",
     "core.run.gauge",
     "core.run.measuring",

@@ -42,9 +42,9 @@ from .core.pipeline import Pipeline as Pipeline
 from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins
 from .core.registry import register as register
-from .core.run.files import RunLog as RunLog
 from .core.run.plan import Plan as Plan
 from .core.run.result import Run as Run
+from .core.run.run_log import RunLog as RunLog
 from .core.run.run_report import RunReport as RunReport
 from .core.run.verification import Verification as Verification
 from .core.run.verification import VerifiedLine as VerifiedLine

@@ -16,7 +16,7 @@ import pluggy
 from tunekit.core.component import Component, Kind
 
 if TYPE_CHECKING:
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
 
 PROJECT = "tunekit"
 API = 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunekit.core.data.codec import Codec
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
 
 Example = Mapping[str, Any]
 """One row, never as tokens: `{"messages": [...]}` (with `tools` where there are any), `{"text": ...}`, or a preference,

@@ -27,12 +27,12 @@ from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import default_registry
 from tunekit.core.run import adapter_files, checkpoint, files, run_report
 from tunekit.core.run.export import Parts
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.plan import Plan, count_parameters, standing_memory
 from tunekit.core.run.result import Run
 from tunekit.core.run.resume import Facts, Opened, Resume, opened
+from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, shortened, some_rows
 from tunekit.core.run.verify import Bench
 from tunekit.core.training.parallel import join

@@ -19,8 +19,8 @@ from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluato
 from tunekit.core.model.base import Base, no_progress_bars
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import Registry, default_registry
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 from tunekit.testing.tiny import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

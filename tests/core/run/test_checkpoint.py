@@ -13,7 +13,7 @@ from tunekit.testing import tiny_model
 
 
 def write(directory, step, model=None, **state):
-    return checkpoint.write(directory, step, model or tiny_model(), {"trainer": state})
+    return checkpoint.write(directory, step, checkpoint.trained_parameters(model or tiny_model()), {"trainer": state})
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -107,7 +107,7 @@ def test_every_random_state_is_restored_through_a_file(tmp_path):
     def draw():
         return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(3).tolist()
 
-    checkpoint.write(tmp_path, 1, tiny_model(), {"random": checkpoint.random_states()})
+    checkpoint.write(tmp_path, 1, checkpoint.trained_parameters(tiny_model()), {"random": checkpoint.random_states()})
     first = draw()
     assert draw() != first
     checkpoint.set_random_states(checkpoint.newest(tmp_path).state["random"])

@@ -7,9 +7,9 @@ import pytest
 from tunekit import ConfigError, RunExists, TrainingError
 from tunekit.core.registry import Registry
 from tunekit.core.run import files
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.resume import Facts, reopen
+from tunekit.core.run.run_log import RunLog
 from tunekit.testing import tiny_model
 
 NOBODY = Registry(builtins={}, environment={"TUNEKIT_DISABLE_PLUGINS": "*"})

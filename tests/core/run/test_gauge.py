@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tunekit.core.run import gauge
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.gauge import Gauge
+from tunekit.core.run.run_log import RunLog
 
 
 @pytest.fixture

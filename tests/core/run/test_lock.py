@@ -42,7 +42,7 @@ def test_it_is_given_back_when_what_it_was_for_fails(tmp_path):
 
 
 def test_a_second_process_is_told_host_and_number_of_the_first(tmp_path):
-    script = "import sys, pathlib; from tunekit.core import lock\nwith lock.held(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
+    script = "import sys, pathlib; from tunekit.core.run import lock\nwith lock.held(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -212,7 +212,7 @@ def test_states_of_other_shapes_are_refused_before_the_first_step(base, stopped)
     state = found.state
     moments = state["trainer"]["optimizer"]["state"][0]
     moments["exp_avg"] = moments["exp_avg"].T.contiguous()
-    checkpoint.write(stopped / "checkpoints", 4, _with(found, base), state)
+    checkpoint.write(stopped / "checkpoints", 4, checkpoint.trained_parameters(_with(found, base)), state)
     with pytest.raises(tk.TrainingError, match="states in the checkpoint are not of parameter 0, of shape"):
         make(base).run(stopped, resume=True)
 

@@ -6,8 +6,8 @@ import types
 import pytest
 
 from tunekit.core.registry import Registry
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 
 
 def show(directory, steps):

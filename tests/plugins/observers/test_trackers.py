@@ -8,8 +8,8 @@ import pytest
 
 import tunekit as tk
 from tunekit.core.registry import Registry
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 
 NOBODY = Registry(builtins={}, environment={"TUNEKIT_DISABLE_PLUGINS": "*"})
 LOGGED = [

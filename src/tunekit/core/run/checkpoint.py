@@ -90,8 +90,10 @@ def check_moved(model: nn.Module, before: Mapping[str, int]) -> None:
         )
 
 
-def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]) -> Path:
+def write(directory: Path, step: int, parameters: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint of `step` into `directory` and return its place; it appears there only when it is whole.
+
+    `parameters` are what is trained, by name; `state` is everything else.
 
     What goes wrong leaves nothing of it behind, and the checkpoints that are there as they are.
     """
@@ -103,8 +105,7 @@ def write(directory: Path, step: int, model: nn.Module, state: Mapping[str, Any]
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        parameters = {name: value.detach().cpu().contiguous() for name, value in trained_parameters(model).items()}
-        save_file(parameters, scratch / PARAMETERS)
+        save_file({name: value.detach().cpu().contiguous() for name, value in parameters.items()}, scratch / PARAMETERS)
         with (scratch / STATE).open("wb") as stream:
             torch.save(dict(state), stream)
         digests = {name: sha256(scratch / name) for name in (PARAMETERS, STATE)}

@@ -9,7 +9,8 @@ from itertools import islice
 import attrs
 
 from tunekit.core.hookspecs import hookimpl
-from tunekit.core.run.files import RunLog, write_json
+from tunekit.core.run.files import write_json
+from tunekit.core.run.run_log import RunLog
 
 MEASURED = "measured.json"
 

@@ -20,6 +20,7 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import Trainer
 from tunekit.core.run import files, overview
 from tunekit.core.run.model_card import PACKAGES, fields_line, portable
+from tunekit.core.run.run_log import RunLog
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class RunReport:
         }
 
 
-def leave(log: files.RunLog, data: Data, codec: Codec, trainer: Trainer, context: Context) -> None:
+def leave(log: RunLog, data: Data, codec: Codec, trainer: Trainer, context: Context) -> None:
     """Write `overview.json` and `report.html` of a run that finished.
 
     Whatever goes wrong is noted in the log and raises nothing: the run is good without its report. Of several processes

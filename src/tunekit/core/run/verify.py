@@ -24,8 +24,8 @@ from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
 from tunekit.core.run.checkpoint import Checkpoint, checksum, trained_parameters
-from tunekit.core.run.files import RunLog
 from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, VerifiedLine, known, line
 from tunekit.core.training import rows_loss
 from tunekit.core.training.rows_loss import RowsLoss

@@ -6,7 +6,8 @@ import attrs
 
 from tunekit.core.common.writing import replace
 from tunekit.core.hookspecs import hookimpl
-from tunekit.core.run.files import RunLog, history
+from tunekit.core.run.files import history
+from tunekit.core.run.run_log import RunLog
 
 
 @attrs.frozen(eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from tunekit.core.hookspecs import hookimpl
-from tunekit.core.run.files import RunLog
+from tunekit.core.run.run_log import RunLog
 from tunekit.plugins.observers import tracking
 
 

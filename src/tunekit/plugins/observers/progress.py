@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
 
 LINES = 10
 """Plain lines in a whole run."""

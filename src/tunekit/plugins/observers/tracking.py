@@ -8,7 +8,8 @@ from typing import Any
 
 from tunekit.core import recipe
 from tunekit.core.common.writing import replace
-from tunekit.core.run.files import RECIPE, RESULT, RunLog, read_json
+from tunekit.core.run.files import RECIPE, RESULT, read_json
+from tunekit.core.run.run_log import RunLog
 from tunekit.errors import ConfigError
 
 LONGEST = 250

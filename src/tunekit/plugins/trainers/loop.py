@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
     from tunekit.plugins.trainers.sft import SFT
 
 
@@ -135,11 +135,14 @@ def fit(
             if ((due or is_best) and step < steps) or stop:
                 way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
-                run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step)
+                beside = sft.background_saving
+                run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step, background=beside)
                 saved_at = time.monotonic()
             if stop:
+                run.settle()
                 asked.by = stop
                 asked.leave()
+    run.settle()
     processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
     return TrainResult(steps=steps, metrics=so_far.metrics(sft.keep_best))
 

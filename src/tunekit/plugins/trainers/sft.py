@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
 
 
 @attrs.frozen(kw_only=True)
@@ -60,6 +60,8 @@ class SFT(Trainer):
         keep: how many checkpoints stay, the newest.
         keep_best: a metric of the evaluators ("perplexity"): the checkpoint of the evaluation where it was best stays
             too, and the result says which step that was. The last step is evaluated as well.
+        background_saving: a checkpoint is copied while training waits, and written while it goes on, where the memory
+            has room for the copy. What a stopped run saves last is waited for.
         evaluate_every: steps between evaluations while training; None for none.
         log_every: steps between log lines.
         on_nonfinite: "stop" at a step whose loss or gradient is not finite, with its rows in the error; or "skip" it:
@@ -90,6 +92,7 @@ class SFT(Trainer):
     save_minutes: float | None = attrs.field(default=None, validator=positive)
     keep: int = attrs.field(default=2, validator=at_least(1))
     keep_best: str | None = None
+    background_saving: bool = True
     evaluate_every: int | None = attrs.field(default=None, validator=at_least(1))
     log_every: int = attrs.field(default=1, validator=at_least(1))
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-    from tunekit.core.run.files import RunLog
+    from tunekit.core.run.run_log import RunLog
 
 OURS = ("output_dir", "seed", "use_cpu", "do_train", "resume_from_checkpoint")
 """Arguments that the pipeline sets."""
