@@ -12,8 +12,9 @@ from tunekit.core.data import batching
 from tunekit.core.data.codec import IGNORED, Codec
 from tunekit.core.registry import default_registry
 from tunekit.core.run.checkpoint import newest
+from tunekit.core.run.files import create, history
 from tunekit.core.run.observers import Observers
-from tunekit.core.run.run_log import RunLog, create, history
+from tunekit.core.run.run_log import RunLog
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers import optimization
 from tunekit.testing import tiny_model, tiny_tokenizer

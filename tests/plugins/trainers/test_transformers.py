@@ -6,8 +6,9 @@ import torch
 from tunekit import SFT, ConfigError, Context, NotSupported, Transformers
 from tunekit.core.registry import default_registry
 from tunekit.core.run.checkpoint import Checkpoint
+from tunekit.core.run.files import create, history
 from tunekit.core.run.observers import Observers
-from tunekit.core.run.run_log import RunLog, create, history
+from tunekit.core.run.run_log import RunLog
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
