@@ -1,4 +1,5 @@
 # make demo   install, then fine-tune the embedded model on the embedded data (examples/quickstart.py)
+# make docs   build the documentation as a site, build/site/index.html, and fail on a broken link
 # make fuzz   feed spoilt files to the JSON Lines reader for 60 seconds (SEED=1 for others)
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
@@ -9,13 +10,17 @@ BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit demo test soak lint format fuzz clean
+.PHONY: audit demo docs test soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 soak: $(VENV)/.test
 	$(BIN)/python scripts/soak.py --kills 200
