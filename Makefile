@@ -19,7 +19,7 @@ test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 docs: $(VENV)/.test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo build/site/index.html
 
 soak: $(VENV)/.test

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(configuration, site):
+    # Not --quiet, by which mkdocs hears of no warning, and is not strict.
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(configuration), "-d", str(site)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(configuration), "-d", str(site)],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
