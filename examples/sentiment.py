@@ -13,7 +13,16 @@ import tunekit as tk
 
 GOOD = ("was kind", "explained everything", "took the time I needed", "was gentle and quick", "called back at once")
 BAD = ("was rude", "explained nothing", "kept me waiting for hours", "was rough and slow", "never called back")
-WHO = ("The nurse", "My doctor", "The dentist", "The surgeon", "The ward", "Reception", "The pharmacy", "The new clinic")
+WHO = (
+    "The nurse",
+    "My doctor",
+    "The dentist",
+    "The surgeon",
+    "The ward",
+    "Reception",
+    "The pharmacy",
+    "The new clinic",
+)
 WHEN = ("", "today ", "after the operation ", "this spring ", "as always ")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,5 +50,4 @@ pipeline = tk.Pipeline(
 )
 run = pipeline.run(options.run)
 print(run)
-print(run.evaluations["tuned"]["details"] if isinstance(run.evaluations, dict) else run.evaluations[-1])
-print(f"\nThe report is {options.run}/report.html")
+print(f"\nClasses, confusion and intervals are in {options.run}/report.html")

@@ -13,9 +13,8 @@ DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 PROJECT = "project"
 """The folder of the site where files from outside of docs/ are."""
-PAGES = (
-    "quickstart concepts data quantization comparison scale reliability security performance writing-a-plugin"
-).split()
+PAGES = ["quickstart", "concepts", "choosing", "data", "quantization", "comparison", "scale", "reliability", "security"]
+PAGES += ["performance", "writing-a-plugin"]
 
 
 def title(path: Path) -> str:

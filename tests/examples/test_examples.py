@@ -1,7 +1,9 @@
 """The examples do what they say, run as a user runs them."""
 
+import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,25 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(example: str, *arguments: object) -> str:
+    """What an example prints, in a process of its own."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / example, *map(str, arguments)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def within(monkeypatch, capsys):
+    """Runs an example within this process, where libraries are imported already, and returns what it prints."""
+
+    def run_within(example: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_within
 
 
 def test_every_example_is_read_in_one_sitting():
@@ -85,3 +101,74 @@ def test_five_methods_are_compared_on_the_users_own_model_and_data(tiny_director
     found = tk.open_comparison(tmp_path / "compare")
     assert [arm.name for arm in found.arms] == names
     assert not found.failures
+
+
+@pytest.fixture
+def few(tiny_directory, tmp_path):
+    """Arguments by which an example takes a tiny model and a few rows, and says little."""
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(12)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ("--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--run", tmp_path / "run")
+
+
+def test_comments_of_patients_are_classified(within, tiny_directory, tmp_path):
+    within("sentiment.py", "--model", tiny_directory, "--epochs", 0.1, "--run", tmp_path / "run")
+    details = tk.open_run(tmp_path / "run").evaluations["tuned"]["details"]["classification"]
+    assert set(details["classes"]) == {"negative", "positive"}
+    assert 0.4 < details["majority"]["accuracy"] < 0.6
+
+
+@pytest.mark.real
+def test_reviews_are_classified_well_above_the_majority_with_the_interval_in_the_report(within, shared, tmp_path):
+    texts = [shared / f"data/uci_sentiment/{name}_labelled.txt" for name in ("amazon_cells", "yelp")]
+    within("sentiment.py", "--model", shared / "models/stories260k", "--data", *texts, "--run", tmp_path / "run",
+           "--epochs", 1)  # fmt: skip
+    finished = tk.open_run(tmp_path / "run")
+    details = finished.evaluations["tuned"]["details"]["classification"]
+    low, high = details["macro_f1_interval"]
+    assert details["majority"]["macro_f1"] < 0.4 < low < finished.metrics["macro_f1"] < high
+    assert f"{low:.3g}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_book_is_learned_and_what_it_costs_is_measured(within, tiny_directory, tmp_path):
+    within("domain_text.py", "--model", tiny_directory, "--epochs", 0.3, "--max-length", 48, "--run", tmp_path / "run")
+    assert {"perplexity", "forgetting"} <= tk.open_run(tmp_path / "run").metrics.keys()
+
+
+def test_a_base_in_four_bits_is_trained_on_and_exported(within, few, tmp_path):
+    within("qlora.py", *few, "--steps", 2, "--export", tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_that_is_stopped_goes_on_by_the_same_command(within, few, tmp_path):
+    stopped = within("resume.py", *few, "--steps", 4, "--stop-after", 2)
+    assert "step-000002 is on the disk" in stopped
+    assert "was resumed 1 times" in within("resume.py", *few, "--steps", 4)
+
+
+def test_shards_are_streamed(within, tiny_directory, tmp_path):
+    shown = within("streaming.py", "--model", tiny_directory, "--rows", 200, "--steps", 2, "--run", tmp_path / "run")
+    assert tk.open_run(tmp_path / "run").result["rows"]["train"] > 190
+    assert "training rows" in shown
+
+
+def test_an_evaluator_of_ones_own_is_measured_beside_the_built_in_ones(within, tiny_directory, tmp_path):
+    within("own_evaluator.py", "--model", tiny_directory, "--steps", 1, "--run", tmp_path / "run")
+    assert {"field_accuracy", "exact_match"} <= tk.open_run(tmp_path / "run").metrics.keys()
+
+
+def test_the_cells_of_the_notebook_show_what_they_end_with(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    names: dict[str, object] = {}
+    shown = []
+    for cell in cells:
+        cell = cell.replace("tk.TINY", repr(str(tiny_directory))).replace("max_steps=60", "max_steps=1")
+        *before, last = ast.parse(cell).body
+        exec(compile(ast.Module(before, []), "cell", "exec"), names)
+        shown.append(eval(ast.unparse(last), names))
+    assert [hasattr(value, "_repr_html_") for value in shown] == [True, True, True, False, True]
+    assert isinstance(shown[3], str)
