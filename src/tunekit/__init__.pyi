@@ -20,6 +20,7 @@ from .core.data.schemas import from_example as from_example
 from .core.data.schemas import to_example as to_example
 from .core.evaluation.answers import Answer as Answer
 from .core.evaluation.answers import AnswerEvaluator as AnswerEvaluator
+from .core.evaluation.prompted import Prompted as Prompted
 from .core.hookspecs import Lazy as Lazy
 from .core.hookspecs import hookimpl as hookimpl
 from .core.inspection.preview import Preview as Preview

@@ -28,6 +28,7 @@ class Context:
         dtype: the dtype of the base weights, by torch's name ("float32", "bfloat16"); empty while not chosen.
         quantization: the scheme in force ("nf4", "int8"), None for a base that is not quantized.
         total_steps: planned optimizer steps; 0 while unknown (no data read yet).
+        earliest_end: the step before which the adapter method must not be stopped early.
         learning_rate: the adapter method's own, for a trainer whose user leaves it open.
         better: the metrics that the evaluators return, and which direction is better.
         template: the chat template that the user gave; None for the model's own.
@@ -46,6 +47,7 @@ class Context:
     dtype: str = ""
     quantization: str | None = None
     total_steps: int = 0
+    earliest_end: int = 0
     learning_rate: float = 2e-4
     better: Mapping[str, Literal["min", "max"]] = attrs.field(factory=dict)
     template: str | None = None

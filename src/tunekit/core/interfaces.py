@@ -111,6 +111,10 @@ class AdapterMethod(Component):
     trains_added_tokens: ClassVar[bool] = False
     """Whether it trains, saves and loads the rows of the tokens in `Context.added_ids`, of embedding and head."""
 
+    def earliest_end(self, steps: int) -> int:
+        """The step, of so many planned, before which training must not be stopped early. Default: any will do."""
+        return 0
+
     def extra_tokens(self) -> int:
         """Positions of the context it takes from every row, for virtual tokens. Default: none.
 
@@ -162,9 +166,11 @@ class TrainResult:
     Args:
         steps: optimizer steps taken, those before a resume included.
         metrics: figures about the training itself, by name.
+        stopped: why it took fewer steps than planned, in words; None where it took them all.
     """
 
     steps: int
+    stopped: str | None = None
     metrics: Mapping[str, float] = attrs.field(factory=dict)
 
 
@@ -261,6 +267,8 @@ class Evaluator(Component):
     kind: ClassVar[Literal["evaluator"]] = "evaluator"
     better: ClassVar[Mapping[str, Literal["min", "max"]]]
     """Every metric that `evaluate` returns, and which direction is better."""
+    reads_rows: ClassVar[bool] = True
+    """Whether it measures the held-out rows; one with rows of its own is not asked again for a `Prompted` baseline."""
 
     def check_data(self, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context) -> None:
         """Raise DataError if these rows cannot be measured; called before any weights are loaded. Default: all can."""

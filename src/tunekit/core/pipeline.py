@@ -16,6 +16,7 @@ from tunekit.core.common import secrets
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.data import dataset
 from tunekit.core.data.codec import Codec
+from tunekit.core.evaluation.prompted import Baseline, Prompted, baselines
 from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.inspection.preview import Preview, first_rows
 from tunekit.core.inspection.report import Report
@@ -61,6 +62,7 @@ class Pipeline:
         quantizer: how the base is stored; None takes what the adapter method brings, if any.
         trainer: the loop.
         evaluators: what is measured on the held-out rows, before and after training.
+        baselines: longer prompts with which the base is measured as well.
         seed: of the initial adapter, the order of rows, dropout, and the choice of held-out rows.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
         dtype: of the base weights; None takes bfloat16 on CUDA and float32 on the CPU.
@@ -80,6 +82,7 @@ class Pipeline:
         default=attrs.Factory(lambda: (default_registry().find("evaluator", "perplexity")(),)),
         converter=as_tuple,
     )
+    baselines: tuple[Prompted, ...] = attrs.field(default=(), converter=as_tuple)
     seed: int = 0
     device: str | None = None
     dtype: Dtype | None = None
@@ -214,7 +217,8 @@ class Pipeline:
         data = processes.in_turn(lambda: self._data(codec, context_length(self._base.config())))
         processes.check_same("what the data source gives", data.fingerprint)
         steps = self.trainer.planned_steps(len(data.train))
-        context = self._context(device, codec=codec, total_steps=steps, run_directory=directory)
+        end = self.adapter.earliest_end(steps)
+        context = self._context(device, codec=codec, total_steps=steps, earliest_end=end, run_directory=directory)
 
         with opened(directory, self._facts(codec, data, context), steps, resume, processes) as found:
             log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
@@ -232,10 +236,11 @@ class Pipeline:
         from transformers import set_seed
 
         began = time.monotonic()
+        prompted = [] if log.resumed else self._baselines(codec, data)
         base = load_base(self._base, self._quantizer, codec, context)
         measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
         if not log.resumed:
-            found.start(measuring.measure(base, "base"))
+            found.start(measuring.measure(base, "base"), measuring.measure_prompted(base, prompted))
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
@@ -269,8 +274,9 @@ class Pipeline:
         result = {
             "metrics": measuring.measure(model, "tuned"),
             "base_metrics": started["base_metrics"],
+            "prompted": started.get("prompted", {}),
             "intervals": measuring.intervals(),
-            "training": {"steps": trained.steps, **trained.metrics},
+            "training": {"steps": trained.steps, "stopped": trained.stopped, **trained.metrics},
             "rows": {"train": len(data.train), "validation": len(data.validation), "changed": data.changed},
             "tokens": {"train": data.tokens, "supervised": data.supervised_tokens},
             "parameters": {"trainable": trainable, "total": total},
@@ -318,6 +324,10 @@ class Pipeline:
         data = dataset.load(self.data, self.validation, self.trainer, codec, longest, self.seed, self.adapter)
         check_rows(self.evaluators, codec.tokenizer, data.validation, self._context())
         return data
+
+    def _baselines(self, codec: Codec, data: dataset.Data) -> list[Baseline]:
+        room, parts = context_length(self._base.config()), (self.data, self.validation)
+        return baselines(self.baselines, *parts, data, codec, self.evaluators, room, self.seed)
 
     def _facts(self, codec: Codec, data: dataset.Data, context: Context) -> Facts:
         registry = default_registry()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,30 @@ def rows(source: DataSource, validation: float | DataSource, seed: int) -> tuple
         assert not isinstance(validation, DataSource)
         return hold_out(train, validation, seed)
     return train, _read(*elsewhere, "validation")
+
+
+def examples(
+    encoded_rows: EncodedRows, source: DataSource, validation: float | DataSource, name: str
+) -> Iterator[Example]:
+    """Yield what encoded rows were before they were encoded, in their order; their source is read again.
+
+    Args:
+        encoded_rows: rows that `load` gave.
+        source: as it was given there.
+        validation: as it was given there.
+        name: which of its rows they are, "train" or "validation".
+
+    Raises:
+        DataError: texts among them were split into windows.
+    """
+    elsewhere = held_out_in(source, validation) if name == "validation" else None
+    wanted, count = set(encoded_rows.numbers), 0
+    for _, row in sound(*(elsewhere or (source, "train")), name, Counter()):
+        if count in wanted:
+            yield row
+        count += 1
+    if count != encoded_rows.stored:
+        raise DataError(f"the rows of {name} are texts that were split into windows, which are no questions")
 
 
 def _read(source: DataSource, split: str, name: str) -> list[Example]:

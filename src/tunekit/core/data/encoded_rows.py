@@ -147,6 +147,17 @@ class EncodedRows(Sequence[Encoded]):
         found: list[int] = (self._spans[:, 2] - self._spans[:, 1]).tolist()
         return found
 
+    @property
+    def numbers(self) -> list[int]:
+        """The number of each row in the store."""
+        found: list[int] = self._spans[:, 0].tolist()
+        return found
+
+    @property
+    def stored(self) -> int:
+        """How many rows the store has."""
+        return self._store.rows
+
     def supervised_tokens(self) -> int:
         """Tokens of all rows that carry loss."""
         whole = (self._spans[:, 1] == 0) & (self._spans[:, 2] == self._store.lengths[self._spans[:, 0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,6 +12,7 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.core.evaluation.answers import Asked
 from tunekit.core.evaluation.predicting import evaluating
+from tunekit.core.evaluation.prompted import Baseline
 from tunekit.core.evaluation.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
 from tunekit.core.run.files import EVALUATIONS, START, read_json, write_json
@@ -106,24 +108,43 @@ class Measuring:
         """The metrics of `model`; kept as `name`, else under the number of the step."""
         return self.processes.shared(lambda: dict(self._measure(model, name)))
 
+    def measure_prompted(self, base: nn.Module, baselines: Iterable[Baseline]) -> dict[str, Mapping[str, float]]:
+        """By the name of each baseline, the metrics of `base` on its rows; evaluators with rows of their own rest."""
+        return {one.name: self.processes.shared(partial(self._measure_prompted, base, one)) for one in baselines}
+
     def _measure(self, model: nn.Module, name: str | None) -> Measured:
         directory, context = self.context.run_directory, self.context
         if directory and name != BASE:
             context = attrs.evolve(context, base_metrics=read_json(directory / START)["base_metrics"])
         found = measure(self.evaluators, model, self.tokenizer, self.rows, context)
-        if self.rows and directory:
-            (directory / EVALUATIONS).mkdir(exist_ok=True)
-            kept = {"metrics": found, "details": found.details, "scores": found.scores, "weights": found.weights}
-            write_json(directory / EVALUATIONS / f"{name or f'step-{self.step:06d}'}.json", kept)
+        self._keep(name or f"step-{self.step:06d}", found)
         return found
 
+    def _measure_prompted(self, base: nn.Module, baseline: Baseline) -> dict[str, float]:
+        able = [evaluator for evaluator in self.evaluators if evaluator.reads_rows]
+        found = measure(able, base, self.tokenizer, baseline.rows, self.context)
+        found.details["prompted"] = baseline.details
+        self._keep(baseline.name, found)
+        return dict(found)
+
+    def _keep(self, name: str, found: Measured) -> None:
+        if self.rows and (directory := self.context.run_directory):
+            (directory / EVALUATIONS).mkdir(exist_ok=True)
+            kept = {"metrics": found, "details": found.details, "scores": found.scores, "weights": found.weights}
+            write_json(directory / EVALUATIONS / f"{name}.json", kept)
+
     def intervals(self) -> dict[str, Any]:
-        """For each metric with a score a row: intervals of base, tuned and their difference, and `p` of that."""
+        """For each metric with a score a row: intervals of base, tuned and their difference, and `p` of that.
+
+        Under `prompted` the same of each baseline: its interval, what the tuned model has more than it, and `p`.
+        """
         if not self.rows or self.context.run_directory is None:
             return {}
         directory = self.context.run_directory / EVALUATIONS
         base, tuned = (read_json(directory / f"{name}.json") for name in (BASE, TUNED))
-        found = {}
+        prompted = read_json(self.context.run_directory / START).get("prompted", {})
+        others = {name: read_json(directory / f"{name}.json")["scores"] for name in prompted}
+        found: dict[str, Any] = {}
         for metric, scores in tuned["scores"].items():
             before, weights = base["scores"].get(metric, []), tuned["weights"].get(metric)
             if len(before) != len(scores):  # the run was resumed with other rows or evaluators, by force
@@ -135,6 +156,12 @@ class Measuring:
                 "difference": [gain.low, gain.high],
                 "p": gain.p,
             }
+            for name, by_metric in others.items():
+                if len(shown := by_metric.get(metric, [])) == len(scores):
+                    more = paired_difference(shown, scores, weights, seed=self.context.seed)
+                    interval = mean_interval(shown, weights, seed=self.context.seed)
+                    compared = {"interval": interval, "difference": [more.low, more.high], "p": more.p}
+                    found[metric].setdefault("prompted", {})[name] = compared
         return {"level": LEVEL, "resamples": RESAMPLES, "seed": self.context.seed, "metrics": found} if found else {}
 
 

@@ -56,6 +56,12 @@ class Run:
         found: Mapping[str, float] = self.result["base_metrics"]
         return found
 
+    @property
+    def prompted_metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """By the name of each baseline of the pipeline ("prompted-4"), the metrics of the base with its prompts."""
+        found: Mapping[str, Mapping[str, float]] = self.result.get("prompted", {})
+        return found
+
     @cached_property
     def history(self) -> Sequence[Mapping[str, float]]:
         """What was logged, one mapping a log call, each with its "step"."""
@@ -141,8 +147,9 @@ class Run:
         return f"Run({str(self.directory)!r}, metrics={json.dumps(self.metrics)})"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        rows = [[name, _show(self.base_metrics.get(name)), _show(value)] for name, value in self.metrics.items()]
-        return ["metric", "base", "tuned"], rows
+        columns = {"base": self.base_metrics, **self.prompted_metrics, "tuned": self.metrics}
+        rows = [[name, *(_show(found.get(name)) for found in columns.values())] for name in self.metrics]
+        return ["metric", *columns], rows
 
     def _model(self, tuned: bool) -> Loaded:
         if tuned not in self._models:

@@ -61,12 +61,10 @@ class Facts:
         recipe.write(directory / RECIPE, self.recipe)
         write_json(directory / ENVIRONMENT, self.environment)
 
-    def start(
-        self, directory: Path, base_metrics: Mapping[str, float], resumes: Sequence[Mapping[str, Any]] = ()
-    ) -> None:
-        """Write `start.json`: what the base measures, and every time that the run was resumed."""
+    def start(self, directory: Path, measured: Mapping[str, Any], resumes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write `start.json`: what was measured of the base, and every time that the run was resumed."""
         known = {"data": self.data, "template": self.template, "base": self.base}
-        write_json(directory / START, {"base_metrics": dict(base_metrics), **known, "resumes": list(resumes)})
+        write_json(directory / START, {**measured, **known, "resumes": list(resumes)})
 
 
 @attrs.frozen(kw_only=True)
@@ -91,10 +89,10 @@ class Opened:
     notes: Sequence[str] = ()
     writes: bool = True
 
-    def start(self, base_metrics: Mapping[str, float]) -> None:
-        """Write down what the base measures: the run that begins has come so far."""
+    def start(self, base_metrics: Mapping[str, float], prompted: Mapping[str, Mapping[str, float]]) -> None:
+        """Write down what the base measures, with a longer prompt too: the run that begins has come so far."""
         if self.writes:
-            self.facts.start(self.directory, base_metrics)
+            self.facts.start(self.directory, {"base_metrics": dict(base_metrics), "prompted": prompted})
 
     def record(self) -> None:
         """Write down that the run was resumed, and what changed: its checkpoint was found to fit."""
@@ -105,7 +103,8 @@ class Opened:
         resumed = {"step": step, "changed": list(self.changed), "libraries": list(self.libraries)}
         if self.changed:
             self.facts.write(self.directory)
-        self.facts.start(self.directory, started["base_metrics"], [*started["resumes"], resumed])
+        measured = {"base_metrics": started["base_metrics"], "prompted": started.get("prompted", {})}
+        self.facts.start(self.directory, measured, [*started["resumes"], resumed])
 
 
 @contextmanager

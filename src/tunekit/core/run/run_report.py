@@ -36,7 +36,7 @@ MOST_CURVES = 12
 MOST_LINES = 20
 """So many lines of figures stand for the curves where they cannot be drawn."""
 FIRST_CURVES = ("loss", "learning_rate", "grad_norm")
-NOT_CURVES = ("step", "tokens", "skipped")
+NOT_CURVES = ("step", "tokens", "skipped", "stopped")
 ROUTINE = ("started", "saved ", "finished")
 """How lines of the log begin that every run has."""
 
@@ -98,6 +98,7 @@ class RunReport:
             "preview": overview.preview(kept).html() if kept else None,
             "plan": _plan(result, kept.get("planned", {}), measured, history),
             "metrics": _metrics(result),
+            "prompted": list(result.get("prompted", {})),
             "curves": _curves(history),
             "figures": _figures(history),
             "samples": _samples(evaluations),
@@ -172,13 +173,19 @@ def _plan(
 
 
 def _metrics(result: Mapping[str, Any]) -> list[list[str]]:
-    """Each metric of base and tuned model, with its interval where it has one, and of their difference."""
+    """Each metric of base, prompted and tuned model, with its interval where it has one, and of what tuning gains."""
     intervals = result.get("intervals", {}).get("metrics", {})
     lines = []
     for name, value in result["metrics"].items():
         found, before = intervals.get(name, {}), result["base_metrics"].get(name)
         gain = f"{_span(found['difference'])}, p = {found['p']:.2g}" if found else "-"
-        lines.append([name, _with(before, found.get("base")), _with(value, found.get("tuned")), gain])
+        shown = []
+        for label, metrics in result.get("prompted", {}).items():
+            compared = found.get("prompted", {}).get(label, {})
+            shown.append(_with(metrics.get(name), compared.get("interval")))
+            if compared:
+                gain += f"; to {label}: {_span(compared['difference'])}, p = {compared['p']:.2g}"
+        lines.append([name, _with(before, found.get("base")), *shown, _with(value, found.get("tuned")), gain])
     return lines
 
 

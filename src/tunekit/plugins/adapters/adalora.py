@@ -104,6 +104,10 @@ class AdaLoRA(PeftMethod):
             orth_reg_weight=0.0,
         )
 
+    def earliest_end(self, steps: int) -> int:
+        """The step that cuts down to the target rank: what is stopped before has no adapter of that size."""
+        return steps - int(self.cooldown * steps) if self.initial_rank > self.target_rank else 0
+
     def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
         """See `PeftMethod.attach`."""
         attached = super().attach(model, context)

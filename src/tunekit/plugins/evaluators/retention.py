@@ -43,6 +43,7 @@ class Retention(Evaluator):
     """
 
     name = "retention"
+    reads_rows = False
     better: ClassVar[Mapping[str, Literal["min", "max"]]] = {
         "forgetting": "min",
         "retention_nll": "min",

@@ -38,6 +38,7 @@ class Samples(Evaluator):
     """
 
     name = "samples"
+    reads_rows = False
     better: ClassVar[Mapping[str, Literal["min", "max"]]] = {}
 
     prompts: tuple[str, ...] = attrs.field(converter=as_tuple, validator=_are_prompts)

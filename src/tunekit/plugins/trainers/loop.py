@@ -76,7 +76,7 @@ def fit(
     if sft.gradient_checkpointing:
         recomputing = activations_computed_again(accelerator.unwrap_model(model))
     with summed_loss.training(), recomputing, asked_to_stop() as asked:
-        for step in range(run.resumed.step + 1 if run.resumed else 1, steps + 1):
+        for step in range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1):
             rows = batching.rows_of_step(step, len(train), sft.batch_size, context.seed, sft.order)
             read = {at: train[at] for at in rows}  # once: rows are in files
             tokens = sum(map(batching.supervised_tokens, read.values()))
@@ -128,11 +128,14 @@ def fit(
                 run.log(step, {f"validation/{name}": value for name, value in measured.items()})
                 if name := sft.keep_best:
                     is_best = so_far.is_best(step, measured[name], context.better[name])
+                if step < steps and so_far.stops(sft, step, measured, context):
+                    run.log(step, {"stopped": 1})
             due = step % save_every == 0 or time.monotonic() - saved_at >= 60 * (sft.save_minutes or math.inf)
             # Signals and clocks are of one process; what they ask for, all do at the same step.
             asks = processes.gather((asked.by, due))
             stop, due = next((by for by, _ in asks if by), None), asks[0][1]
-            if ((due or is_best) and step < steps) or stop:
+            last = step in (steps, so_far.stopped_at)
+            if ((due or is_best) and not last) or stop:
                 way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
@@ -142,9 +145,13 @@ def fit(
                 run.settle()
                 asked.by = stop
                 asked.leave()
+            if last:
+                break
     run.settle()
+    if so_far.stopped:
+        run.note(so_far.stopped)
     processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
-    return TrainResult(steps=steps, metrics=so_far.metrics(sft.keep_best))
+    return TrainResult(steps=so_far.stopped_at or steps, stopped=so_far.stopped, metrics=so_far.metrics(sft.keep_best))
 
 
 def _summed_loss(

@@ -63,6 +63,10 @@ class SFT(Trainer):
         background_saving: a checkpoint is copied while training waits, and written while it goes on, where the memory
             has room for the copy. What a stopped run saves last is waited for.
         evaluate_every: steps between evaluations while training; None for none.
+        patience: so many evaluations in a row without a better `keep_best`, and the run stops early; None for never.
+            The tuned model is that of the last step.
+        stop_beyond: by metric of the evaluators (`{"forgetting": 0.2}`) a limit: at the first evaluation that is worse,
+            the run stops early.
         log_every: steps between log lines.
         on_nonfinite: "stop" at a step whose loss or gradient is not finite, with its rows in the error; or "skip" it:
             the parameters do not move, the schedule goes on, and skipped steps are logged and counted in the result.
@@ -94,6 +98,8 @@ class SFT(Trainer):
     keep_best: str | None = None
     background_saving: bool = True
     evaluate_every: int | None = attrs.field(default=None, validator=at_least(1))
+    patience: int | None = attrs.field(default=None, validator=at_least(1))
+    stop_beyond: Mapping[str, float] | None = None
     log_every: int = attrs.field(default=1, validator=at_least(1))
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
@@ -102,13 +108,17 @@ class SFT(Trainer):
         package = optimization.OPTIMIZERS[self.optimizer].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{self.optimizer!r} needs {package}: pip install {package}", "SFT.optimizer")
-        if self.keep_best and self.keep_best not in context.better:
-            raise ConfigError(
-                f"no evaluator returns {self.keep_best!r}{did_you_mean(self.keep_best, context.better)}",
-                "SFT.keep_best",
-            )
-        if self.keep_best and not self.evaluate_every:
-            raise ConfigError("needs evaluate_every: the steps at which it is measured", "SFT.keep_best")
+        named = {"keep_best": [self.keep_best] if self.keep_best else [], "stop_beyond": self.stop_beyond or ()}
+        for field, metrics in named.items():
+            for name in metrics:
+                if name not in context.better:
+                    raise ConfigError(
+                        f"no evaluator returns {name!r}{did_you_mean(name, context.better)}", f"SFT.{field}"
+                    )
+            if metrics and not self.evaluate_every:
+                raise ConfigError("needs evaluate_every: the steps at which it is measured", f"SFT.{field}")
+        if self.patience and not self.keep_best:
+            raise ConfigError("needs keep_best: the metric that has to get better", "SFT.patience")
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps on `rows` rows: max_steps, or whole epochs, the last step of each taking what is left."""
@@ -146,8 +156,9 @@ class SFT(Trainer):
         """Train `model` in place; see `Trainer.fit`. TrainingError for a loss or gradient that is not finite."""
         from tunekit.plugins.trainers import loop
 
-        if self.keep_best and not validate:
-            raise ConfigError("there are no held-out rows to measure it on", "SFT.keep_best")
+        if (self.keep_best or self.stop_beyond) and not validate:
+            field = "keep_best" if self.keep_best else "stop_beyond"
+            raise ConfigError("there are no held-out rows to measure it on", f"SFT.{field}")
         return loop.fit(
             self,
             model,

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from tunekit.core.component import Context
 from tunekit.core.interfaces import Encoded
 from tunekit.errors import TrainingError
 from tunekit.plugins.trainers.micro_batches import Limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tunekit.plugins.trainers.sft import SFT
 
 SHOWN = 16
 """So many rows are named in an error."""
@@ -34,6 +37,9 @@ class SoFar:
         skipped: steps that were not.
         best_step: the step of the best evaluation; None before the first.
         best: what was measured there.
+        waited: evaluations since then that were no better.
+        stopped_at: the last step, where it is not the last of those planned.
+        stopped: why it is, in words.
         limits: of a forward pass.
     """
 
@@ -41,13 +47,41 @@ class SoFar:
     skipped: int = 0
     best_step: int | None = None
     best: float | None = None
+    waited: int = 0
+    stopped_at: int | None = None
+    stopped: str | None = None
     limits: Limits = attrs.field(factory=Limits, converter=_as_limits)
 
     def is_best(self, step: int, value: float, better: Literal["min", "max"]) -> bool:
         """Whether `value`, measured at `step`, is better than all before; if so it is noted."""
-        if self.best is not None and not (value < self.best if better == "min" else value > self.best):
+        if self.best is not None and not _beats(value, self.best, better):
+            self.waited += 1
             return False
-        self.best_step, self.best = step, value
+        self.best_step, self.best, self.waited = step, value, 0
+        return True
+
+    def stops(self, sft: SFT, step: int, measured: Mapping[str, float], context: Context) -> bool:
+        """Whether `step`, whose evaluation was noted by `is_best`, is the last though more are planned; noted if so.
+
+        Args:
+            sft: says when.
+            step: its number.
+            measured: at this step, by metric.
+            context: which direction of a metric is better, and the step before which the method must not end.
+        """
+        reasons = [
+            f"{name} is {measured[name]:.6g}, beyond the limit of {limit:g}"
+            for name, limit in (sft.stop_beyond or {}).items()
+            if _beats(limit, measured[name], context.better[name])
+        ]
+        if sft.patience is not None and self.waited >= sft.patience:
+            reasons.append(
+                f"{self.waited} evaluations brought no better {sft.keep_best} than {self.best:.6g} at step "
+                f"{self.best_step}"
+            )
+        if not reasons or step < context.earliest_end:
+            return False
+        self.stopped_at, self.stopped = step, f"stopped early after step {step}: {'; '.join(reasons)}"
         return True
 
     def metrics(self, keep_best: str | None) -> dict[str, float]:
@@ -60,6 +94,10 @@ class SoFar:
         if self.best_step is not None and self.best is not None:
             found |= {"best_step": self.best_step, f"best_{keep_best}": self.best}
         return found
+
+
+def _beats(value: float, other: float, better: Literal["min", "max"]) -> bool:
+    return value < other if better == "min" else value > other
 
 
 def what_is_not_finite(
