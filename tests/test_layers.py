@@ -59,6 +59,7 @@ ORDER = [
     "core.model.packed",
     "core.model.peft_method",
     "core.evaluation.predicting",
+    "core.evaluation.sampling",
     "core.evaluation.answers",
     "core.evaluation.prompted",
     "core.evaluation.statistics",

@@ -78,6 +78,7 @@ from .plugins.evaluators.chrf import Chrf as Chrf
 from .plugins.evaluators.classification import Classification as Classification
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
 from .plugins.evaluators.numeric_answer import NumericAnswer as NumericAnswer
+from .plugins.evaluators.pass_at_k import PassAtK as PassAtK
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.retention import Retention as Retention
 from .plugins.evaluators.rouge import Rouge as Rouge

@@ -266,7 +266,7 @@ class Evaluator(Component):
 
     kind: ClassVar[Literal["evaluator"]] = "evaluator"
     better: ClassVar[Mapping[str, Literal["min", "max"]]]
-    """Every metric that `evaluate` returns, and which direction is better."""
+    """Every metric that `evaluate` returns, and which direction is better; a property where it depends on fields."""
     reads_rows: ClassVar[bool] = True
     """Whether it measures the held-out rows; one with rows of its own is not asked again for a `Prompted` baseline."""
 

@@ -153,5 +153,5 @@ def check_component(component: Any, kind: str | None, name: str | None) -> None:
         raise PluginError(f"{where}: the name {name!r} must be kebab-case, like 'my-method'")
     if "use" in {field.name for field in attrs.fields(component)}:
         raise PluginError(f"{where}: no field may be called 'use', which names the component in a recipe")
-    if issubclass(component, Evaluator) and not isinstance(getattr(component, "better", None), Mapping):
+    if issubclass(component, Evaluator) and not isinstance(getattr(component, "better", None), Mapping | property):
         raise PluginError(f"{where} must say in `better` which metrics it returns and which direction is better")

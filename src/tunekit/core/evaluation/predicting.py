@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -127,11 +127,14 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    change_logits: Callable[[Sequence[int]], Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of token prompts, in order, each cut before its first stop token.
 
     Prompts are padded on the left, which gives the same tokens as one prompt at a time. Stop tokens are those of the
-    model's generation configuration, which tunekit completes when it loads a model.
+    model's generation configuration, which tunekit completes when it loads a model. `change_logits` is told the numbers
+    of the prompts that go through the model together, and gives what is applied to their tokens so far and the logits
+    of the next ones, shape (prompts, vocabulary).
     """
     import torch
 
@@ -148,6 +151,7 @@ def generate(
                 attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                logits_processor=[change_logits(group)] if change_logits else [],
                 pad_token_id=fill,
             )
             answers |= {at: _until_stop(row, stops) for at, row in zip(group, out[:, width:].tolist(), strict=True)}
