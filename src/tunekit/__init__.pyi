@@ -81,6 +81,7 @@ from .plugins.evaluators.numeric_answer import NumericAnswer as NumericAnswer
 from .plugins.evaluators.pass_at_k import PassAtK as PassAtK
 from .plugins.evaluators.perplexity import Perplexity as Perplexity
 from .plugins.evaluators.retention import Retention as Retention
+from .plugins.evaluators.reverse_facts import ReverseFacts as ReverseFacts
 from .plugins.evaluators.rouge import Rouge as Rouge
 from .plugins.evaluators.samples import Samples as Samples
 from .plugins.evaluators.token_accuracy import TokenAccuracy as TokenAccuracy

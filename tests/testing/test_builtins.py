@@ -59,6 +59,7 @@ TRAINERS = (
 )
 EVALUATORS = (
     tk.Perplexity(),
+    tk.Perplexity(window=12, stride=5),
     tk.TokenAccuracy(),
     tk.ExactMatch(max_new_tokens=12),
     tk.Classification(),
@@ -76,6 +77,25 @@ RETENTION = tk.Retention(source=tk.InMemory(rows=ROWS))
 
 @parametrize(RETENTION, expected_failures={"points_the_right_way": "forgetting is 0 outside of a run"})
 def test_conformance_of_what_compares_with_the_base_of_a_run(component, check):
+    check(component)
+
+
+WAY_BACK = [{"prompt": row["messages"][1]["content"], "completion": row["messages"][0]["content"]} for row in ROWS]
+REVERSE = tk.ReverseFacts(forward=tk.InMemory(rows=ROWS), reverse=tk.InMemory(rows=WAY_BACK), max_new_tokens=12)
+CODE = tk.PassAtK(
+    source=tk.InMemory(rows=[{"prompt": "def add(a, b):\n", "test": "assert add(1, 2) == 3"}]),
+    allow_execution=True,
+    max_new_tokens=4,
+)
+
+
+@parametrize(REVERSE, expected_failures={"points_the_right_way": "nobody knows the way back: the reversal curse"})
+def test_conformance_of_what_asks_in_both_directions(component, check):
+    check(component)
+
+
+@parametrize(CODE, expected_failures={"points_the_right_way": "the rows teach no code"})
+def test_conformance_of_what_runs_code(component, check):
     check(component)
 
 
@@ -120,7 +140,17 @@ def test_every_builtin_is_listed_here():
     offered = {(kind, name) for kind in INTERFACES for name in registry.names(kind)}
     listed = {
         (component.kind, component.name)
-        for component in (*SOURCES, *ADAPTERS, *QUANTIZERS, *TRAINERS, *EVALUATORS, *ANSWER_EVALUATORS, RETENTION)
+        for component in (
+            *SOURCES,
+            *ADAPTERS,
+            *QUANTIZERS,
+            *TRAINERS,
+            *EVALUATORS,
+            *ANSWER_EVALUATORS,
+            RETENTION,
+            REVERSE,
+            CODE,
+        )
     }
     assert offered - listed == set(), "list it above, so that it is checked"
 

@@ -46,6 +46,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("evaluator", "rouge", "tunekit.plugins.evaluators.rouge:Rouge"),
     Lazy("evaluator", "retention", "tunekit.plugins.evaluators.retention:Retention"),
     Lazy("evaluator", "pass-at-k", "tunekit.plugins.evaluators.pass_at_k:PassAtK"),
+    Lazy("evaluator", "reverse-facts", "tunekit.plugins.evaluators.reverse_facts:ReverseFacts"),
     Lazy("evaluator", "samples", "tunekit.plugins.evaluators.samples:Samples"),
 )
 """Every built-in; the class behind `module:Class` is `tunekit.Class`."""
