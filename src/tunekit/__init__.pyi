@@ -77,6 +77,7 @@ from .plugins.evaluators.bleu import Bleu as Bleu
 from .plugins.evaluators.chrf import Chrf as Chrf
 from .plugins.evaluators.classification import Classification as Classification
 from .plugins.evaluators.exact_match import ExactMatch as ExactMatch
+from .plugins.evaluators.harness import Harness as Harness
 from .plugins.evaluators.numeric_answer import NumericAnswer as NumericAnswer
 from .plugins.evaluators.pass_at_k import PassAtK as PassAtK
 from .plugins.evaluators.perplexity import Perplexity as Perplexity

@@ -173,6 +173,10 @@ class TrainResult:
     stopped: str | None = None
     metrics: Mapping[str, float] = attrs.field(factory=dict)
 
+    def reason(self) -> dict[str, str]:
+        """`stopped` by its name, where the run was stopped early; else nothing."""
+        return {"stopped": self.stopped} if self.stopped else {}
+
 
 class Trainer(Component):
     """The loop: which rows make a step, how the loss is made, and when the parameters move."""

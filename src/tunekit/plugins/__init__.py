@@ -47,6 +47,7 @@ COMPONENTS: tuple[Lazy, ...] = (
     Lazy("evaluator", "retention", "tunekit.plugins.evaluators.retention:Retention"),
     Lazy("evaluator", "pass-at-k", "tunekit.plugins.evaluators.pass_at_k:PassAtK"),
     Lazy("evaluator", "reverse-facts", "tunekit.plugins.evaluators.reverse_facts:ReverseFacts"),
+    Lazy("evaluator", "harness", "tunekit.plugins.evaluators.harness:Harness"),
     Lazy("evaluator", "samples", "tunekit.plugins.evaluators.samples:Samples"),
 )
 """Every built-in; the class behind `module:Class` is `tunekit.Class`."""
