@@ -8,8 +8,9 @@ import pytest
 import tunekit as tk
 from tunekit.core.registry import default_registry
 from tunekit.core.run.checkpoint import checksums, newest
-from tunekit.core.run.files import RunLog, create, history
+from tunekit.core.run.files import create, history
 from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 from tunekit.plugins.trainers.so_far import SoFar
 from tunekit.testing import tiny_model, tiny_tokenizer
 
