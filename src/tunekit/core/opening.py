@@ -17,12 +17,22 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> Pipeline:
 
     Args:
         path: the recipe.
-        trust_remote_code: whether a recipe that lets code in the model's repository run is taken. The file alone cannot
-            allow it, since it may be somebody else's.
+        trust_remote_code: whether a recipe that lets code run is taken: in the model's repository, or what the model
+            writes. The file alone cannot allow it, since it may be somebody else's.
 
     Raises:
         ConfigError: with file, dotted path and a suggestion if it is wrong.
     """
+    pipeline = _read(path, trust_remote_code)
+    for where, permitted in () if trust_remote_code else recipe.permissions(pipeline):
+        raise ConfigError(
+            f"lets {permitted} run; if you trust it, say so: {ALLOW} to the call that reads this file",
+            f"{path}: {where}",
+        )
+    return pipeline
+
+
+def _read(path: str | Path, trust_remote_code: bool) -> Pipeline:
     try:
         table = recipe.read(Path(path))
         if table.get("trust_remote_code") and not trust_remote_code:
@@ -48,4 +58,5 @@ def open_run(directory: str | Path, *, trust_remote_code: bool = False) -> Run:
     if not (directory / files.RESULT).is_file():
         state = "is not finished" if (directory / files.RECIPE).is_file() else "is not there"
         raise ConfigError(f"the run in {directory} {state}", "directory")
-    return load(directory / files.RECIPE, trust_remote_code=trust_remote_code)._finished(directory)
+    # Nothing is measured any more: what its evaluators may do does not matter.
+    return _read(directory / files.RECIPE, trust_remote_code)._finished(directory)

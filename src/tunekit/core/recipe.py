@@ -2,7 +2,8 @@
 
 A component is a table with its name under `use` and its fields beside it. TOML has no null, so None is written by
 leaving the field out; a field that may be None must therefore default to None (the conformance kit checks it). A field
-with `metadata={"recipe": False}` holds Python objects and is no part of the recipe.
+with `metadata={"recipe": False}` holds Python objects and is no part of the recipe; one with `{"permits": what}` lets
+code run, which a file that may be somebody else's cannot allow by itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import inspect
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
 
     secrets.check_recipe(table)
     replace(path, tomli_w.dumps({"tunekit": FORMAT, **table}))
+
+
+def permissions(value: Any, where: str = "recipe") -> Iterator[tuple[str, str]]:
+    """Each field within an object that is set and lets code run: its dotted path, and what it permits in words."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from permissions(item, f"{where}[{index}]")
+    elif attrs.has(type(value)):
+        for field in attrs.fields(type(value)):
+            found = getattr(value, field.name)
+            if found and "permits" in field.metadata:
+                yield f"{where}.{field.name}", field.metadata["permits"]
+            yield from permissions(found, f"{where}.{field.name}")
 
 
 def differences(old: Any, new: Any, where: str = "recipe") -> list[str]:

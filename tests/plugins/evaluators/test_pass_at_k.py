@@ -47,6 +47,7 @@ HOSTILE = {
     "starts programs": ("import subprocess\nsubprocess.run(['true'])", "forbidden: subprocess"),
     "kills": ("import os\nos.kill(os.getppid(), 9)", "forbidden: os.kill"),
     "writes elsewhere": ("open({outside!r}, 'w')", "forbidden: open"),
+    "goes elsewhere": ("import os\nos.chdir(os.path.dirname({outside!r}))\nopen('outside', 'w')", "forbidden: open"),
     "moves out": ("import os\nos.rename({outside!r}, 'a')", "forbidden: os.rename"),
     "calls": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "forbidden: socket"),
     "goes behind Python": ("import ctypes\nctypes.CDLL(None).getpid()", "forbidden: ctypes"),
@@ -124,6 +125,10 @@ def test_a_model_is_sampled_and_measured_in_a_run_with_a_recipe(tmp_path):
     pipeline = tk.Pipeline(model=tk.TINY, data=tk.JsonLines(path=tk.ORDERS), evaluators=(evaluator,))
     assert tk.Pipeline.from_dict(pipeline.to_dict()) == pipeline
     pipeline.check()
+    pipeline.save(tmp_path / "recipe.toml")
+    with pytest.raises(tk.ConfigError, match=r"recipe\.evaluators\[0\]\.allow_execution: lets programs that the model"):
+        tk.load(tmp_path / "recipe.toml")
+    assert tk.load(tmp_path / "recipe.toml", trust_remote_code=True) == pipeline
     assert pipeline._context().better == {"pass_at_1": "max", "pass_at_2": "max"}
     found = evaluator.evaluate(tiny_model(), tiny_tokenizer(), [], CONTEXT)
     assert found == {"pass_at_1": 0.0, "pass_at_2": 0.0}

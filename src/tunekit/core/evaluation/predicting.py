@@ -151,7 +151,7 @@ def generate(
                 attention_mask=torch.tensor(mask, device=device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                logits_processor=[change_logits(group)] if change_logits else [],
+                logits_processor=[change_logits(group)] if change_logits else None,
                 pad_token_id=fill,
             )
             answers |= {at: _until_stop(row, stops) for at, row in zip(group, out[:, width:].tolist(), strict=True)}

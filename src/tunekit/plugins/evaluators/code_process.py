@@ -90,13 +90,14 @@ def _keep_files(directory: str) -> None:
 
 def _hook(directory: str, answer: int) -> Any:
     inside = directory + os.sep
-    exists, fspath, realpath, leave, writing = os.path.isabs, os.fspath, os.path.realpath, os._exit, _say
+    # By names of its own: the program may put others into the modules.
+    decode, realpath, leave, say = os.fsdecode, os.path.realpath, os._exit, _say
 
     def is_inside(path: Any) -> bool:
         if isinstance(path, int) or path is None:
             return True
-        text = os.fsdecode(fspath(path))
-        return realpath(text if exists(text) else inside + text).startswith((inside, "/dev/null"))
+        found = realpath(decode(path))
+        return found.startswith(inside) or found == "/dev/null"
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -107,7 +108,7 @@ def _hook(directory: str, answer: int) -> Any:
         else:
             allowed = not event.startswith(NEVER)
         if not allowed:
-            writing(answer, "", f"forbidden: {event}")
+            say(answer, "", f"forbidden: {event}")
             leave(1)
 
     return hook

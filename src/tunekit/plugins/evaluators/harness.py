@@ -59,7 +59,9 @@ class Harness(Evaluator):
     shots: int | None = attrs.field(default=None, validator=at_least(0))
     chat: bool = False
     max_rows: int | None = attrs.field(default=None, validator=at_least(1))
-    task_directory: str | None = attrs.field(default=None, converter=as_text)
+    task_directory: str | None = attrs.field(
+        default=None, converter=as_text, metadata={"permits": "functions that its task files name"}
+    )
 
     @property
     def better(self) -> Mapping[str, Literal["min", "max"]]:  # type: ignore[override]

@@ -58,6 +58,8 @@ class PassAtK(Evaluator):
     system can take it away, and is killed with all that it started. That holds what goes wrong by itself; for code that
     may be hostile on purpose, run tunekit in a container or a virtual machine that has nothing to lose.
 
+    A recipe cannot allow it by itself: see `tunekit.load`.
+
     The problems are rows of their own, in the columns of HumanEval: `prompt`; `test`, code with assertions; and
     `entry_point`, for tests that define `check(candidate)`. The held-out rows play no part.
 
@@ -79,7 +81,7 @@ class PassAtK(Evaluator):
     reads_rows = False
 
     source: DataSource
-    allow_execution: bool = False
+    allow_execution: bool = attrs.field(default=False, metadata={"permits": "programs that the model writes"})
     k: tuple[int, ...] = attrs.field(default=(1,), converter=as_tuple, validator=_are_counts)
     samples: int = attrs.field(default=1, validator=at_least(1))
     temperature: float = attrs.field(default=0.0, validator=at_least(0))
