@@ -21,6 +21,7 @@ BUILT_INS = """
 import attrs, tunekit as tk
 from tunekit.core.registry import default_registry
 FIELDS = {"path": tk.ORDERS, "paths": (tk.ORDERS,), "rows": [{"text": "a"}], "id": "a/b", "type": "VERA", "prompts": ("What is 2 + 3?",),
+          "metrics": {"arc_easy/acc": "max"}, "forward": tk.JsonLines(path=tk.ORDERS), "reverse": tk.JsonLines(path=tk.ORDERS),
           "source": tk.JsonLines(path=tk.ORDERS), "sources": (tk.JsonLines(path=tk.ORDERS),)}
 made = []
 for kind in ("source", "adapter", "quantizer", "trainer", "evaluator"):

@@ -166,16 +166,12 @@ class TrainResult:
     Args:
         steps: optimizer steps taken, those before a resume included.
         metrics: figures about the training itself, by name.
-        stopped: why it took fewer steps than planned, in words; None where it took them all.
+        notes: what else there is to say, by name; under "stopped" why it took fewer steps than planned.
     """
 
     steps: int
-    stopped: str | None = None
     metrics: Mapping[str, float] = attrs.field(factory=dict)
-
-    def reason(self) -> dict[str, str]:
-        """`stopped` by its name, where the run was stopped early; else nothing."""
-        return {"stopped": self.stopped} if self.stopped else {}
+    notes: Mapping[str, str] = attrs.field(factory=dict)
 
 
 class Trainer(Component):

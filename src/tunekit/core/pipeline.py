@@ -276,7 +276,7 @@ class Pipeline:
             "base_metrics": started["base_metrics"],
             "prompted": started.get("prompted", {}),
             "intervals": measuring.intervals(),
-            "training": {"steps": trained.steps, **trained.metrics, **trained.reason()},
+            "training": {"steps": trained.steps, **trained.metrics, **trained.notes},
             "rows": {"train": len(data.train), "validation": len(data.validation), "changed": data.changed},
             "tokens": {"train": data.tokens, "supervised": data.supervised_tokens},
             "parameters": {"trainable": trainable, "total": total},

@@ -61,11 +61,11 @@ def test_patience_counts_evaluations_in_a_row_that_were_no_better(tmp_path, pati
     assert found.steps == steps[-1] == (stopped or 12)
     log = (tmp_path / "run" / "log.txt").read_text()
     if stopped is None:
-        assert found.stopped is None
+        assert found.notes == {}
         assert "stopped early" not in log
     else:
         assert f"stopped early after step {stopped}: {patience} evaluations brought no better nll than 2" in log
-        assert found.stopped in log
+        assert found.notes["stopped"] in log
         assert [line["step"] for line in history(tmp_path / "run") if "stopped" in line] == [stopped]
 
 
@@ -74,10 +74,10 @@ def test_a_metric_beyond_its_limit_stops_the_run_in_the_direction_that_is_worse(
     values = {1: (3.0, 0.9), 2: (2.0, 0.5), 3: (2.0, 0.4), 4: (9.0, 0.9)}
     curve = {step: {"nll": nll, "accuracy": accuracy} for step, (nll, accuracy) in values.items()}
     found, _, _ = fit(trainer, tmp_path / "accuracy", curve)
-    assert (found.steps, "accuracy is 0.4, beyond the limit of 0.5" in found.stopped) == (3, True)
+    assert (found.steps, "accuracy is 0.4, beyond the limit of 0.5" in found.notes["stopped"]) == (3, True)
     curve[3]["accuracy"] = 0.6
     found, _, _ = fit(trainer, tmp_path / "nll", curve)
-    assert (found.steps, "nll is 9, beyond the limit of 3" in found.stopped) == (4, True)
+    assert (found.steps, "nll is 9, beyond the limit of 3" in found.notes["stopped"]) == (4, True)
 
 
 def test_the_run_is_not_stopped_before_its_method_can_be(tmp_path):

@@ -148,10 +148,10 @@ def fit(
             if last:
                 break
     run.settle()
-    if so_far.stopped:
-        run.note(so_far.stopped)
+    for note in so_far.notes.values():
+        run.note(note)
     processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
-    return TrainResult(steps=so_far.stopped_at or steps, stopped=so_far.stopped, metrics=so_far.metrics(sft.keep_best))
+    return TrainResult(steps=so_far.stopped_at or steps, metrics=so_far.metrics(sft.keep_best), notes=so_far.notes)
 
 
 def _summed_loss(

@@ -84,6 +84,11 @@ class SoFar:
         self.stopped_at, self.stopped = step, f"stopped early after step {step}: {'; '.join(reasons)}"
         return True
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """Why the run stopped early, if it did."""
+        return {"stopped": self.stopped} if self.stopped else {}
+
     def metrics(self, keep_best: str | None) -> dict[str, float]:
         """What the result says; TrainingError if no step was learned from."""
         if self.loss is None:
