@@ -29,6 +29,8 @@ TRAINER = tk.SFT(
     keep_best="perplexity",
 )
 DROPOUT = tk.LoRA(rank=2, dropout=0.5)
+EARLY = attrs.evolve(TRAINER, stop_beyond={"perplexity": 1.0})
+"""Stops at its first evaluation."""
 STOP = 4
 """The step at which a run is asked to stop."""
 
@@ -66,6 +68,7 @@ def main(what, model, directory):
         except tk.RunExists:
             (directory / f"refused-{os.environ['RANK']}").touch()  # on every process
         make(model, DROPOUT).run(directory / "dropout")
+        attrs.evolve(make(model, METHODS["lora"], EARLY), baselines=(tk.Prompted(shots=1),)).run(directory / "early")
         for name, adapter in {"dropout": DROPOUT, "adalora": METHODS["adalora"]}.items():
             try:
                 make(model, adapter).run(directory / "stopped" / name, observers=[Stops()])

@@ -91,6 +91,13 @@ def test_one_process_writes(two):
     assert not list((two / "lora").glob("*.lock"))
 
 
+def test_all_processes_stop_early_at_the_same_step(two):
+    run = tk.open_run(two / "early")
+    assert run.result["training"]["steps"] == 3
+    assert "perplexity is" in run.result["training"]["stopped"]
+    assert set(run.evaluations) == {"base", "prompted-1", "step-000003", "tuned"}
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(two):
     for name in ("dropout", "adalora"):
         assert [(two / f"{name}-left-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
