@@ -91,7 +91,8 @@ def baselines(
     shots = _shots(
         examples(data.train, source, validation, "train"), held_out, max(one.shots for one in asked), f"shots {seed}"
     )
-    answer = max((getattr(evaluator, "max_new_tokens", 0) for evaluator in evaluators), default=0)
+    able = [evaluator for evaluator in evaluators if evaluator.reads_rows]
+    answer = max((getattr(evaluator, "max_new_tokens", 0) for evaluator in able), default=0)
     rows = list(zip(held_out, data.validation, strict=True))
     return [
         _baseline(name, one, shots[: one.shots], rows, codec, room, answer)
