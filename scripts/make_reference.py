@@ -129,7 +129,7 @@ def fields(cls: Any) -> list[str]:
         doc = inspect.cleandoc(vars(base).get("__doc__") or "")
         said |= dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", doc, re.MULTILINE))
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for field in (field for field in attrs.fields(cls) if not field.name.startswith("_")):
+    for field in (field for field in attrs.fields(cls) if field.init and not field.name.startswith("_")):
         value = field.default.factory() if isinstance(field.default, attrs.Factory) else field.default  # type: ignore
         default = "required" if value is attrs.NOTHING else f"`{show(value)}`"
         meaning = " ".join(said[field.name].split())
