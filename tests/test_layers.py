@@ -79,6 +79,7 @@ ORDER = [
     "core.inspection.validation",
     # one run
     "core.training.parallel",
+    "core.training.sharded",
     "core.run.checkpoint",
     "core.run.observers",
     "core.run.lock",

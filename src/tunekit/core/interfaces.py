@@ -71,6 +71,8 @@ class Quantizer(Component):
     kind: ClassVar[Literal["quantizer"]] = "quantizer"
     scheme: str
     """The storage scheme ("nf4", "int8") that adapter methods list in `supports`."""
+    shardable: ClassVar[bool] = False
+    """Whether a layer still works with a weight that was cut into pieces and put together by FSDP2: plain bytes."""
 
     @abstractmethod
     def load_kwargs(self, context: Context) -> dict[str, Any]:
@@ -184,6 +186,11 @@ class Trainer(Component):
     """What happens to a longer row ("split": plain texts, into windows); each is counted in the plan and the result."""
     several_processes: ClassVar[bool] = False
     """Whether `fit` shares the rows of a step among the processes of a run; if not, a run over several is refused."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes keep a piece of the model each; `fit` is given one in pieces. Default: no."""
+        return False
 
     @abstractmethod
     def planned_steps(self, rows: int) -> int:

@@ -36,7 +36,9 @@ from tunekit.core.run.resume import Facts, Opened, Resume, opened
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, shortened, some_rows
 from tunekit.core.run.verify import Bench
+from tunekit.core.training import sharded
 from tunekit.core.training.parallel import join
+from tunekit.core.training.sharded import Pieces
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -129,6 +131,7 @@ class Pipeline:
                 f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
             )
         added_tokens.check_method(self.added_tokens, self.adapter)
+        sharded.check(self.trainer, self.adapter, self._quantizer)
         check_names(self.evaluators)
         for component in self._components:
             check_requirements(component)
@@ -237,10 +240,14 @@ class Pipeline:
 
         began = time.monotonic()
         prompted = [] if log.resumed else self._baselines(codec, data)
-        base = load_base(self._base, self._quantizer, codec, context)
+        pieces = Pieces.of(self.trainer, context, log.processes)
+        load = partial(pieces.load, partial(load_base, self._base, self._quantizer, codec))
+        base = load()
         measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
         if not log.resumed:
-            found.start(measuring.measure(base, "base"), measuring.measure_prompted(base, prompted))
+            asked = pieces.cut(base)
+            found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))
+            base = load() if pieces.wanted else base  # nothing can be attached to pieces
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
@@ -254,7 +261,7 @@ class Pipeline:
             found.record()
 
         trained = self.trainer.fit(
-            model,
+            pieces.cut(model),
             codec.tokenizer,
             data.train,
             after_step=measuring.counting(self.adapter.after_step),
@@ -265,7 +272,8 @@ class Pipeline:
         )
 
         checkpoint.check_moved(model, before)
-        log.write(files.ADAPTER, lambda at: adapter_files.save(at, self.adapter, model, found.facts.base, codec))
+        with sharded.whole(model):
+            log.write(files.ADAPTER, lambda at: adapter_files.save(at, self.adapter, model, found.facts.base, codec))
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
         empty = partial(self._base.empty, added_ids=context.added_ids)
         plain = self.adapter.attach(empty(), context) if self._quantizer else model
@@ -285,7 +293,8 @@ class Pipeline:
             "seconds": round(time.monotonic() - began, 3),
         }
         log.write(files.RESULT, lambda at: files.write_json(at, result))
-        return self._finished(log.directory, Loaded(model=model.eval(), codec=codec, context=context))
+        tuned = None if pieces.wanted else Loaded(model=model.eval(), codec=codec, context=context)
+        return self._finished(log.directory, tuned)
 
     # Its parts --------------------------------------------------------------------------------------------------------
 

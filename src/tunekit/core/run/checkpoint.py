@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunekit.core.common.writing import flush
+from tunekit.core.training import sharded
+from tunekit.core.training.parallel import started
 from tunekit.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -69,8 +71,12 @@ def trained_parameters(model: nn.Module) -> dict[str, Any]:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """The checksum of each trained parameter: equal ones did not move."""
-    return {name: checksum(value) for name, value in trained_parameters(model).items()}
+    """The checksum of each trained parameter: equal ones did not move. All processes call it for a model in pieces."""
+    found = {name: checksum(sharded.local(value)) for name, value in trained_parameters(model).items()}
+    if sharded.in_pieces(model):
+        everywhere = started().gather(found)
+        return {name: sum(each[name] for each in everywhere) for name in found}
+    return found
 
 
 def checksum(value: Tensor) -> int:

@@ -16,6 +16,7 @@ from tunekit.core.evaluation.prompted import Baseline
 from tunekit.core.evaluation.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
 from tunekit.core.interfaces import Encoded, Evaluator, Measured
 from tunekit.core.run.files import EVALUATIONS, START, read_json, write_json
+from tunekit.core.training import sharded
 from tunekit.core.training.parallel import ALONE, Processes
 from tunekit.errors import ConfigError, TrainingError
 
@@ -84,7 +85,8 @@ class Measuring:
         tokenizer: the model's.
         rows: the held-out rows; nothing is measured without.
         context: the facts of the run.
-        processes: those of the run; the first measures, so that each row counts once, and the others wait.
+        processes: those of the run; the first measures, so that each row counts once, and the others wait, or go
+            along where the model is in pieces.
         step: optimizer steps taken.
     """
 
@@ -106,11 +108,17 @@ class Measuring:
 
     def measure(self, model: nn.Module, name: str | None = None) -> Mapping[str, float]:
         """The metrics of `model`; kept as `name`, else under the number of the step."""
-        return self.processes.shared(lambda: dict(self._measure(model, name)))
+        return self._found(model, lambda: dict(self._measure(model, name)))
 
     def measure_prompted(self, base: nn.Module, baselines: Iterable[Baseline]) -> dict[str, Mapping[str, float]]:
         """By the name of each baseline, the metrics of `base` on its rows; evaluators with rows of their own rest."""
-        return {one.name: self.processes.shared(partial(self._measure_prompted, base, one)) for one in baselines}
+        return {one.name: self._found(base, partial(self._measure_prompted, base, one)) for one in baselines}
+
+    def _found(self, model: nn.Module, function: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What the first process measures; all of them go through a model that lies in pieces."""
+        if sharded.in_pieces(model):
+            return self.processes.together(function)[0]
+        return self.processes.shared(function)
 
     def _measure(self, model: nn.Module, name: str | None) -> Measured:
         directory, context = self.context.run_directory, self.context
@@ -128,7 +136,7 @@ class Measuring:
         return dict(found)
 
     def _keep(self, name: str, found: Measured) -> None:
-        if self.rows and (directory := self.context.run_directory):
+        if self.rows and (directory := self.context.run_directory) and self.processes.is_first:
             (directory / EVALUATIONS).mkdir(exist_ok=True)
             kept = {"metrics": found, "details": found.details, "scores": found.scores, "weights": found.weights}
             write_json(directory / EVALUATIONS / f"{name}.json", kept)

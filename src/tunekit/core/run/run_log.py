@@ -20,6 +20,7 @@ from tunekit.core.run import checkpoint, files
 from tunekit.core.run.background import Background, copied, has_room_for
 from tunekit.core.run.checkpoint import Checkpoint
 from tunekit.core.run.observers import Observers
+from tunekit.core.training import sharded
 from tunekit.core.training.parallel import ALONE, Processes
 from tunekit.errors import TrainingError
 
@@ -150,13 +151,14 @@ class RunLog:
         self.processes.check_same("what is trained", checkpoint.checksums(model) if self.processes.count > 1 else None)
         random, *others = self.processes.gather(checkpoint.random_states())
         state = {
-            "trainer": dict(trainer_state),
+            "trainer": sharded.put_together(trainer_state, self.processes.is_first),
             "method": dict(self.method_state()),
             "random": random,
             "random_of_others": others,
         }
-        parameters = checkpoint.trained_parameters(model)
-        self.processes.first(partial(self._save, step, parameters, state, keep, best, background))
+        with sharded.whole(model):
+            parameters = checkpoint.trained_parameters(model)
+            self.processes.first(partial(self._save, step, parameters, state, keep, best, background))
 
     def settle(self) -> None:
         """Wait until no checkpoint is being written. Raises TrainingError as `save` does."""

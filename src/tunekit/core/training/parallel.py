@@ -28,13 +28,21 @@ PATIENCE = datetime.timedelta(hours=12)
 """So long a process waits for the others: the first one evaluates, encodes and saves while they do."""
 BUCKET_NUMBERS = 1 << 24
 """Numbers of gradients that are added up at a time, 64 MiB of them in float32."""
+FSDP = "ACCELERATE_USE_FSDP"
+"""What `accelerate launch` sets in the environment for a configuration that has every process keep a piece."""
+FSDP_REFUSED = {
+    "FSDP_VERSION": ("1", "fsdp_version: 2"),
+    "FSDP_OFFLOAD_PARAMS": ("true", "fsdp_offload_params: false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("true", "it to false, and SFT(gradient_checkpointing=True)"),
+    "FSDP_AUTO_WRAP_POLICY": ("size_based_wrap", "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+}
+"""Settings of that configuration with the value, in lower case, that is not followed, and what to set instead."""
 SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-"""What `accelerate launch` sets in the environment for a configuration that cuts the model into pieces."""
+"""What it sets for a configuration that cuts the model into pieces in ways that are not supported."""
 
 
 @attrs.frozen(kw_only=True)
@@ -128,11 +136,12 @@ class Processes:
 
         One that has a gradient nowhere keeps none; one that has none here counts as zero.
         """
-        if self.count == 1:
+        # Those of a model in pieces are added up while they are made.
+        trained = [parameter for parameter in parameters if not hasattr(parameter, "full_tensor")]
+        if self.count == 1 or not trained:
             return
         import torch
 
-        trained = list(parameters)
         here = [parameter.grad is not None for parameter in trained]
         anywhere = [any(each) for each in zip(*self.gather(here), strict=True)]
         for bucket in _buckets(parameter for parameter, has in zip(trained, anywhere, strict=True) if has):
@@ -162,15 +171,29 @@ def check_alone(what: str) -> None:
         raise NotSupported(f"{what} is made by one process; a single run can be made by several")
 
 
-def check_launch() -> None:
-    """Raise NotSupported for a launch that cuts the model into pieces: it would be trained wrong, or not at all."""
+def asks_for_pieces() -> bool:
+    """Whether the launcher was told to have every process keep a piece of the model (FSDP)."""
+    return _is_set(FSDP)
+
+
+def check_launch(trainer: Trainer) -> None:
+    """Raise NotSupported for a launch by which the model would be trained wrong, or not at all."""
     for variable, what in SHARDING.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
+        if _is_set(variable):
             raise NotSupported(
-                f"{what} ({variable}) is not supported: a run over several processes has the whole model in each. "
-                "Launch with torchrun, or with an accelerate configuration for several GPUs or CPUs without it; where "
-                "the model does not fit, QLoRA needs a quarter of the memory"
+                f"{what} ({variable}) is not supported. Launch with torchrun, or with an accelerate configuration "
+                "for several GPUs or CPUs without it; where the model does not fit, SFT(parallel='sharded') or "
+                "fsdp_version: 2 leaves a piece of it to each process, as ZeRO-3 does, and QLoRA needs a quarter of "
+                "the memory"
             )
+    if not asks_for_pieces():
+        return
+    if not trainer.sharded:
+        raise NotSupported(f"the trainer {trainer.name!r} cannot train a model in pieces ({FSDP}); SFT can")
+    for variable, (refused, instead) in FSDP_REFUSED.items():
+        said = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else "").lower()
+        if said == refused:
+            raise NotSupported(f"FSDP ({FSDP}) with {variable}={said} is not supported; set {instead}")
 
 
 def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
@@ -180,7 +203,7 @@ def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
         NotSupported: the trainer knows of one process only; or see `check_launch`.
         ConfigError: one GPU for all was asked for, or there are more processes than GPUs on this machine.
     """
-    check_launch()
+    check_launch(trainer)
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "LOCAL_RANK" not in os.environ:
         return ALONE, device
     if not trainer.several_processes:
@@ -196,9 +219,15 @@ def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
             raise ConfigError(f"process {local} of this machine has no GPU: there are {there}", "Pipeline.device")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
+    # With it, transformers would leave the weights out on all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not torch.distributed.is_initialized():
         PartialState(cpu=device == "cpu", timeout=PATIENCE)
     return started(), device
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -34,6 +34,7 @@ class NF4(Quantizer):
     name = "nf4"
     scheme = "nf4"
     requires = ("bitsandbytes",)
+    shardable = True
 
     double_quantization: bool = True
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None

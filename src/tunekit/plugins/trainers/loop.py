@@ -17,7 +17,7 @@ from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.interfaces import Encoded, TrainResult
 from tunekit.core.run.checkpoint import checksums
 from tunekit.core.run.signals import asked_to_stop
-from tunekit.core.training import rows_loss
+from tunekit.core.training import rows_loss, sharded
 from tunekit.core.training.parallel import started
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
@@ -64,6 +64,8 @@ def fit(
         if not so_far.limits.halved:
             so_far.limits = Limits.of(sft.micro_batch_size)  # a forced resume may have another
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
+    if pieces := sharded.in_pieces(model):
+        run.note(sharded.share_of(model))
     summed_loss = _summed_loss(sft, model, tokenizer, train, run, context)
     # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -90,8 +92,10 @@ def fit(
                 loss=partial(_part, summed_loss, model, tokens),
                 backward=accelerator.backward,
                 clear=optimizer.zero_grad,
+                most=(lambda passes: max(processes.gather(passes))) if pieces else None,
             )
-            shares: list[Share] = processes.together(attempt)
+            # In pieces, an error cannot be told to the others: they are amidst a pass, and end with this process.
+            shares: list[Share] = processes.gather(attempt()) if pieces else processes.together(attempt)
             losses = [one for share in shares for one in share.losses]
             so_far.limits = smallest([share.limits for share in shares])
             for note in [note for share in shares for note in share.notes]:

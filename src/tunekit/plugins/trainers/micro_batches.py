@@ -74,6 +74,7 @@ def learn(
     loss: Callable[[list[Encoded]], Tensor],
     backward: Callable[[Tensor], None],
     clear: Callable[[], None],
+    most: Callable[[int], int] | None = None,
 ) -> Share:
     """Make the gradient of `rows`, in as many forward passes as the limits ask for, or the memory.
 
@@ -89,9 +90,11 @@ def learn(
         loss: of some rows, as a part of the step's.
         backward: adds the gradient of a loss.
         clear: takes all gradients away.
+        most: for a model in pieces, the most forward passes that any process makes, from this one's number of them.
+            All make as many: the last of one with fewer are of the step's shortest row, with no weight.
 
     Raises:
-        TrainingError: a row does not fit alone.
+        TrainingError: a row does not fit alone; or any do not, and the model is in pieces: others are in the same pass.
     """
     random = random_states()
     notes: list[str] = []
@@ -99,10 +102,15 @@ def learn(
         losses: list[tuple[float, list[int]]] = []
         group: list[int] = []
         try:
-            for group in _groups(rows, train, limits, padded):
+            groups = _groups(rows, train, limits, padded)
+            idle = most(len(groups)) - len(groups) if most else 0
+            for group in groups:
                 part = loss([train[at] for at in group])
                 backward(part)
                 losses.append((part.item(), group))
+            for _ in range(idle):
+                group = [min(train, key=lambda at: len(train[at]["input_ids"]))]
+                backward(0 * loss([train[at] for at in group]))
             return Share(losses=losses, limits=limits, notes=notes)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -114,6 +122,11 @@ def learn(
         set_random_states(random)
         lengths = batching.lengths([train[at] for at in group])
         size = len(group) * max(lengths) if padded else sum(lengths)
+        if most:
+            raise TrainingError(
+                f"step {step}: out of memory with {len(group)} rows, {size} tokens, in a forward pass ({said}); a "
+                "model in pieces cannot begin a step again: set a smaller micro_batch_size, or gradient_checkpointing"
+            )
         if len(group) == 1:
             raise TrainingError(
                 f"step {step}: out of memory on encoded training row {group[0] + 1} alone, which has {size} tokens "

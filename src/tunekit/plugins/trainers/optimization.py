@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tunekit.core.training.sharded import cut_alike
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ OPTIMIZERS = {
     "adafactor": "torch.optim:Adafactor",
     "sgd": "torch.optim:SGD",
 }
+SHARDED = ("adamw", "sgd")
+"""Those that work number by number, and so on any piece of a parameter."""
 SCHEDULES = {
     "cosine": "cosine",
     "linear": "linear",
@@ -89,14 +92,15 @@ def restore(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 f"{list(parameter.shape)}: they are {there}, and must be {here}; it cannot be resumed"
             )
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**saved, "state": saved["state"], "param_groups": groups})
+    states = {number: cut_alike(parameters[number], state) for number, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": states, "param_groups": groups})
 
 
 def _expected(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
     """The state of `parameter` after a first step, on the meta device: without memory, and without data."""
     import torch
 
-    empty = torch.nn.Parameter(torch.empty_like(parameter, device="meta"))
+    empty = torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
     empty.grad = torch.empty_like(empty)
     alone = type(optimizer)([empty], lr=1.0)
     # Adafactor asks for a number, which a tensor without data has not; its state is made by then.

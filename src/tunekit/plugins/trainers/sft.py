@@ -15,6 +15,7 @@ from tunekit.core.data.batching import Order
 from tunekit.core.data.codec import Codec, TrainOn
 from tunekit.core.fields import at_least, between, did_you_mean, positive
 from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
+from tunekit.core.training.parallel import asks_for_pieces
 from tunekit.errors import ConfigError
 from tunekit.plugins.trainers import optimization
 
@@ -48,6 +49,8 @@ class SFT(Trainer):
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
             them, where the model gives the same loss so.
+        parallel: what several processes have of the model: "replicated", all of it in each; or "sharded", a piece each,
+            for a model that does not fit (FSDP2). An accelerate configuration with FSDP 2 asks for "sharded" as well.
         gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
             for a third more time, and the same gradient.
         max_length: longest row in tokens; None means the model's context length.
@@ -87,6 +90,7 @@ class SFT(Trainer):
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
     padding_free: bool = True
     chunked_loss: bool = True
+    parallel: Literal["replicated", "sharded"] = "replicated"
     gradient_checkpointing: bool = False
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
@@ -103,8 +107,16 @@ class SFT(Trainer):
     log_every: int = attrs.field(default=1, validator=at_least(1))
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
+    @property
+    def sharded(self) -> bool:
+        """By the field, or by the launcher's configuration."""
+        return self.parallel == "sharded" or asks_for_pieces()
+
     def check(self, context: Context) -> None:
         """The optimizer's package must be installed, and what is to be best must be measured."""
+        if self.sharded and self.optimizer not in optimization.SHARDED:
+            able = " or ".join(repr(name) for name in optimization.SHARDED)
+            raise ConfigError(f"{self.optimizer!r} needs whole parameters; for pieces take {able}", "SFT.optimizer")
         package = optimization.OPTIMIZERS[self.optimizer].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{self.optimizer!r} needs {package}: pip install {package}", "SFT.optimizer")
