@@ -35,6 +35,7 @@ PAGES = [
     "docs/quantization.md",
     "docs/comparison.md",
     "docs/reliability.md",
+    "docs/scale.md",
     "docs/writing-a-plugin.md",
     "docs/security.md",
     "CONTRIBUTING.md",

@@ -1,6 +1,7 @@
-"""The runs of test_parallel.py: a user's script, started as one process or by a launcher as several."""
+"""The runs of test_parallel.py and test_sharded.py: a user's script, started as one process or by a launcher as several."""
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import attrs
 
 import tunekit as tk
+from tunekit.core.run import files
+from tunekit.core.training import parallel
 
 ROWS = [{"prompt": f"repeat {n}", "completion": "ab " * (1 + n * n)} for n in range(9)]
 """Of very different lengths; four a step, so that the last step of an epoch has one row and one process has none."""
@@ -28,6 +31,9 @@ TRAINER = tk.SFT(
     evaluate_every=3,
     keep_best="perplexity",
 )
+SHORT = attrs.evolve(TRAINER, epochs=1)
+IN_PIECES = attrs.evolve(SHORT, parallel="sharded")
+SHARDED = {"lora": METHODS["lora"], "full": METHODS["full"], "qlora": tk.QLoRA(rank=2)}
 DROPOUT = tk.LoRA(rank=2, dropout=0.5)
 EARLY = attrs.evolve(TRAINER, stop_beyond={"perplexity": 1.0})
 """Stops at its first evaluation."""
@@ -58,6 +64,11 @@ def make(model, adapter, trainer=TRAINER):
     )
 
 
+def unfinished(run, directory):
+    """A copy of a run as it was when its last checkpoint was written."""
+    return shutil.copytree(run, directory, ignore=shutil.ignore_patterns(files.ADAPTER, files.RESULT))
+
+
 def main(what, model, directory):
     if what == "methods":
         for name, adapter in METHODS.items():
@@ -77,6 +88,15 @@ def main(what, model, directory):
     elif what == "resume":
         make(model, DROPOUT).run(directory / "dropout", resume=True)
         make(model, METHODS["adalora"]).run(directory / "adalora", resume=True)
+    elif what == "sharded":
+        # By the launcher's configuration, and then, without it, by the trainer's field.
+        make(model, METHODS["lora"], SHORT).run(directory / "launched", resume=True)
+        del os.environ[parallel.FSDP]
+        for name, adapter in SHARDED.items():
+            make(model, adapter, IN_PIECES).run(directory / name)
+        make(model, DROPOUT, IN_PIECES).run(directory / "dropout")
+        parallel.started().first(lambda: unfinished(directory / "dropout", directory / "resumed"))
+        make(model, DROPOUT, IN_PIECES).run(directory / "resumed", resume=True)
 
 
 if __name__ == "__main__":

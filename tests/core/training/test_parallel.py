@@ -1,40 +1,17 @@
 """Two processes make the run that one makes: to the rounding of float32, for every method, resumed or not."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import ACCELERATE, difference, launch
 from parallel_runs import METHODS, STOP, Stops, make
-from safetensors.torch import load_file
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
 from tunekit.core.training import parallel
 from tunekit.core.training.parallel import Processes
-
-HERE = Path(__file__).parent
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")  # fmt: skip
-
-
-def launch(*arguments, launcher=TORCHRUN):
-    """Start the script of parallel_runs.py by a launcher; returns its exit status and what it said."""
-    command = [sys.executable, "-m", *launcher, str(HERE / "parallel_runs.py"), *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +29,6 @@ def one(tiny_directory, tmp_path_factory):
     directory = tmp_path_factory.mktemp("one") / "adalora"
     make(tiny_directory, METHODS["adalora"]).run(directory)
     return directory
-
-
-def weights(directory):
-    found = {}
-    for file in sorted((directory / "adapter").glob("*.safetensors")):
-        found |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
-    return found
-
-
-def difference(left, right):
-    left, right = weights(left), weights(right)
-    assert left.keys() == right.keys()
-    # AdaLoRA may leave a matrix without any rank.
-    pairs = [(left[name], right[name]) for name in left if left[name].numel() or right[name].numel()]
-    return max((one - other).abs().max().item() for one, other in pairs)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ from test_sft import encoded, fit, largest_difference
 
 from tunekit import SFT, TrainingError
 from tunekit.core.run.checkpoint import newest
-from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, smallest
+from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, learn, smallest
 from tunekit.testing import tiny_model
 
 ROWS = 7
@@ -129,3 +129,47 @@ def test_processes_agree_on_the_smallest_limits():
     found = smallest([Limits(rows=4), Limits(rows=2, halved=1), Limits(rows=3)])
     assert attrs.asdict(found) == {"tokens": 2**62, "rows": 2, "halved": 1}
     assert smallest([Limits(tokens=9), Limits(tokens=4, halved=2)]) == Limits(tokens=4, halved=2)
+
+
+def scalar(rows, weight):
+    """A loss of which the gradient is the number of tokens."""
+    return weight * float(sum(len(row["input_ids"]) for row in rows))
+
+
+def test_with_a_model_in_pieces_a_process_with_fewer_rows_makes_as_many_passes_with_no_weight():
+    train = dict(enumerate(encoded(3)))
+    shortest = min(len(row["input_ids"]) for row in train.values())
+    weight = torch.ones((), requires_grad=True)
+    asked, passes = [], []
+
+    def loss(rows):
+        passes.append(len(rows[0]["input_ids"]))
+        return scalar(rows, weight)
+
+    def most(count):
+        assert not passes  # before the first: in it, the process would meet others that go through the model
+        asked.append(count)
+        return 3
+
+    options = {"padded": True, "loss": loss, "backward": lambda part: part.backward(), "clear": list, "most": most}
+    share = learn(1, [2], train, Limits(rows=1), **options)
+    assert asked == [1]
+    assert passes == [len(train[2]["input_ids"]), shortest, shortest]
+    assert weight.grad == passes[0]
+    assert [places for _, places in share.losses] == [[2]]
+    passes.clear()
+    assert learn(2, [], train, Limits(rows=1), **options).losses == []
+    assert len(passes) == 3
+
+
+def test_with_a_model_in_pieces_the_step_is_not_begun_again():
+    passes = []
+
+    def loss(rows):
+        passes.append(rows)
+        raise KINDS[0]
+
+    options = {"padded": True, "loss": loss, "backward": list, "clear": list, "most": lambda count: count}
+    with pytest.raises(TrainingError, match=r"pieces.*micro_batch_size"):
+        learn(1, [0, 1], dict(enumerate(encoded(2))), Limits(rows=2), **options)
+    assert len(passes) == 1

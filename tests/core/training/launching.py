@@ -1,0 +1,44 @@
+"""Starting the script of parallel_runs.py by a launcher, and comparing what runs saved."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")  # fmt: skip
+FSDP = (*(part for part in ACCELERATE if part != "--multi_gpu"), "--use_fsdp", "--fsdp_version=2",
+        "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type=FULL_STATE_DICT")  # fmt: skip
+
+
+def launch(*arguments, launcher=TORCHRUN):
+    """Start the script; returns its exit status and what it said."""
+    command = [sys.executable, "-m", *launcher, str(HERE / "parallel_runs.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def weights(directory):
+    found = {}
+    for file in sorted((directory / "adapter").glob("*.safetensors")):
+        found |= {f"{file.name}:{name}": value for name, value in load_file(file).items()}
+    return found
+
+
+def difference(left, right):
+    """The largest between the saved numbers of two runs."""
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    # AdaLoRA may leave a matrix without any rank.
+    pairs = [(left[name], right[name]) for name in left if left[name].numel() or right[name].numel()]
+    return max((one - other).abs().max().item() for one, other in pairs)
