@@ -1,5 +1,8 @@
 """`transformers.Trainer` under tunekit's interface: the same step as SFT, the right slot, any of its arguments."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -110,3 +113,12 @@ def test_what_it_cannot_do_right_it_refuses(tmp_path):
     checkpoint = Checkpoint(directory=tmp_path, step=1, state={})
     with pytest.raises(NotSupported, match="cannot go on with a run; use SFT"):
         fit(Transformers(), tmp_path / "resumed", resumed=checkpoint)
+
+
+def test_a_deepspeed_configuration_needs_its_package(monkeypatch):
+    trainer = Transformers(arguments={"deepspeed": "zero.json"})
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        trainer.check(Context(model_id="tiny"))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__spec__=object()))
+    trainer.check(Context(model_id="tiny"))

@@ -219,8 +219,8 @@ def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
             raise ConfigError(f"process {local} of this machine has no GPU: there are {there}", "Pipeline.device")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    # With it, transformers would leave the weights out on all processes but the first.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if asks_for_pieces():  # with this, transformers would leave the weights out on all processes but the first
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not torch.distributed.is_initialized():
         PartialState(cpu=device == "cpu", timeout=PATIENCE)
     return started(), device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ class Transformers(Trainer):
     callbacks: tuple[Any, ...] = attrs.field(default=(), metadata={"recipe": False})
     max_length: int | None = None
     train_on: TrainOn = "assistant"
+
+    def check(self, context: Context) -> None:
+        """The package behind `deepspeed` must be installed: it is looked for as soon as arguments are made."""
+        if self.arguments.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError("needs deepspeed: pip install deepspeed", "Transformers.arguments.deepspeed")
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps on `rows` rows, by the Trainer's own arithmetic for one process."""
