@@ -38,7 +38,6 @@ from tunekit.core.run.verification import Verification, shortened, some_rows
 from tunekit.core.run.verify import Bench
 from tunekit.core.training import sharded
 from tunekit.core.training.parallel import join
-from tunekit.core.training.sharded import Pieces
 from tunekit.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -240,14 +239,13 @@ class Pipeline:
 
         began = time.monotonic()
         prompted = [] if log.resumed else self._baselines(codec, data)
-        pieces = Pieces.of(self.trainer, context, log.processes)
-        load = partial(pieces.load, partial(load_base, self._base, self._quantizer, codec))
-        base = load()
+        pieces = sharded.Pieces(trainer=self.trainer, context=context, processes=log.processes)
+        base = pieces.load(load := partial(load_base, self._base, self._quantizer, codec))
         measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
         if not log.resumed:
             asked = pieces.cut(base)
             found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))
-            base = load() if pieces.wanted else base  # nothing can be attached to pieces
+            base = pieces.load(load) if pieces.wanted else base  # nothing can be attached to pieces
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)
@@ -293,8 +291,7 @@ class Pipeline:
             "seconds": round(time.monotonic() - began, 3),
         }
         log.write(files.RESULT, lambda at: files.write_json(at, result))
-        tuned = None if pieces.wanted else Loaded(model=model.eval(), codec=codec, context=context)
-        return self._finished(log.directory, tuned)
+        return self._finished(log.directory, pieces.usable(Loaded(model=model.eval(), codec=codec, context=context)))
 
     # Its parts --------------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,8 @@ def test_a_run_in_pieces_goes_on_with_one_process(two, lora, tiny_directory, tmp
 
 def test_one_process_has_the_whole_model():
     model = tiny_model()
-    pieces = Pieces.of(IN_PIECES, Context(model_id="tiny"), ALONE)
+    pieces = Pieces(trainer=IN_PIECES, context=Context(model_id="tiny"), processes=ALONE)
+    assert pieces.usable(3) == 3
     assert pieces.cut(model) is model
     assert not sharded.in_pieces(model)
     with sharded.whole(model):
@@ -92,11 +93,12 @@ def test_one_process_has_the_whole_model():
 
 
 def test_a_model_that_may_be_cut_is_loaded_by_the_cpu_and_a_quantized_one_where_it_is_used():
-    context, two = Context(model_id="tiny", device="cuda:1"), Processes(rank=1, count=2)
-    assert Pieces.of(IN_PIECES, context, two).load(lambda given: given.device) == "cpu"
-    assert Pieces.of(tk.SFT(), context, two).load(lambda given: given.device) == "cuda:1"
-    quantized = attrs.evolve(context, quantization="nf4")
-    assert Pieces.of(IN_PIECES, quantized, two).load(lambda given: given.device) == "cuda:1"
+    context = Context(model_id="tiny", device="cuda:1")
+    pieces = Pieces(trainer=IN_PIECES, context=context, processes=Processes(rank=1, count=2))
+    quantized = attrs.evolve(pieces, context=attrs.evolve(context, quantization="nf4"))
+    found = [each.load(lambda given: given.device) for each in (pieces, quantized, attrs.evolve(pieces, trainer=SHORT))]
+    assert found == ["cpu", "cuda:1", "cuda:1"]
+    assert pieces.usable(3) is None
 
 
 def test_blocks_are_those_that_the_model_or_the_launcher_names(monkeypatch):

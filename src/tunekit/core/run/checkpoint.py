@@ -72,11 +72,12 @@ def trained_parameters(model: nn.Module) -> dict[str, Any]:
 
 def checksums(model: nn.Module) -> dict[str, int]:
     """The checksum of each trained parameter: equal ones did not move. All processes call it for a model in pieces."""
+    if not sharded.in_pieces(model):
+        return {name: checksum(value) for name, value in trained_parameters(model).items()}
+    sharded.take_apart(model)
     found = {name: checksum(sharded.local(value)) for name, value in trained_parameters(model).items()}
-    if sharded.in_pieces(model):
-        everywhere = started().gather(found)
-        return {name: sum(each[name] for each in everywhere) for name in found}
-    return found
+    everywhere = started().gather(found)
+    return {name: sum(each[name] for each in everywhere) for name in found}
 
 
 def checksum(value: Tensor) -> int:

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -25,6 +25,8 @@ from tunekit.errors import ConfigError, NotSupported
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 def check(trainer: Trainer, adapter: AdapterMethod, quantizer: Quantizer | None) -> None:
@@ -46,19 +48,19 @@ class Pieces:
     """How the model of a run lies among its processes: whole in each, or cut into pieces.
 
     Args:
-        processes: those of the run.
+        trainer: says which it is to be.
         context: the facts of the run.
-        wanted: whether it is cut.
+        processes: those of the run; one has all of the model.
     """
 
-    processes: Processes
+    trainer: Trainer
     context: Context
-    wanted: bool
+    processes: Processes
 
-    @classmethod
-    def of(cls, trainer: Trainer, context: Context, processes: Processes) -> Pieces:
-        """As the trainer wants it; one process has all of it."""
-        return cls(processes=processes, context=context, wanted=trainer.sharded and processes.count > 1)
+    @property
+    def wanted(self) -> bool:
+        """Whether the model is cut."""
+        return self.trainer.sharded and self.processes.count > 1
 
     def load(self, load: Callable[[Context], PreTrainedModel]) -> PreTrainedModel:
         """A model that may be cut: it is loaded into the memory of the CPU, and but its pieces go to the GPU.
@@ -96,6 +98,10 @@ class Pieces:
             register_fsdp_forward_method(model, "generate")
         return model
 
+    def usable(self, found: T) -> T | None:
+        """`found`, which is made of the model, where a process can use it alone; None if it is in pieces."""
+        return None if self.wanted else found
+
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that are put together one after the other: those of the classes that must not be split.
@@ -122,6 +128,15 @@ def in_pieces(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def take_apart(model: nn.Module) -> None:
+    """Leave each process its pieces alone: after an evaluation, what is outside of the blocks is still whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def share_of(model: nn.Module) -> str:
     """How much of a model in pieces this process keeps, in words."""
     kept = sum(local(parameter).numel() for parameter in model.parameters())
@@ -139,11 +154,8 @@ def whole(model: nn.Module) -> Iterator[None]:
         yield
         return
     import torch
-    from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation, what is outside of the blocks is still together
+    take_apart(model)
     places = [
         (module, name, parameter)
         for module in model.modules()
