@@ -24,6 +24,7 @@ ORDER = [
     "core.common.assets",
     # the contract with plugins
     "core.component",
+    "core.outcomes",
     "core.interfaces",
     "core.hookspecs",
     "core.plugin",

@@ -32,13 +32,13 @@ from .core.interfaces import DataSource as DataSource
 from .core.interfaces import Encoded as Encoded
 from .core.interfaces import Evaluator as Evaluator
 from .core.interfaces import Example as Example
-from .core.interfaces import Measured as Measured
 from .core.interfaces import Quantizer as Quantizer
 from .core.interfaces import Trainer as Trainer
-from .core.interfaces import TrainResult as TrainResult
 from .core.model.peft_method import PeftMethod as PeftMethod
 from .core.opening import load as load
 from .core.opening import open_run as open_run
+from .core.outcomes import Measured as Measured
+from .core.outcomes import TrainResult as TrainResult
 from .core.pipeline import Pipeline as Pipeline
 from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins

@@ -5,12 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import attrs
-
 from tunekit.core.component import Component, Context
+from tunekit.core.outcomes import TrainResult
 from tunekit.errors import ConfigError, DataError, NotSupported
 
 if TYPE_CHECKING:
@@ -161,21 +159,6 @@ class AdapterMethod(Component):
         raise NotSupported(f"{self.name}: cannot be merged into its base; keep the adapter and the base side by side")
 
 
-@attrs.frozen(kw_only=True)
-class TrainResult:
-    """What `Trainer.fit` returns.
-
-    Args:
-        steps: optimizer steps taken, those before a resume included.
-        metrics: figures about the training itself, by name.
-        notes: what else there is to say, by name; under "stopped" why it took fewer steps than planned.
-    """
-
-    steps: int
-    metrics: Mapping[str, float] = attrs.field(factory=dict)
-    notes: Mapping[str, str] = attrs.field(factory=dict)
-
-
 class Trainer(Component):
     """The loop: which rows make a step, how the loss is made, and when the parameters move."""
 
@@ -241,31 +224,6 @@ class Trainer(Component):
             run: `run.log(step, ...)` and `run.save(step, ...)`, and what a resumed run starts from (`run.resumed`).
             context: the facts of the run.
         """
-
-
-class Measured(dict[str, float]):
-    """Metrics with what stands behind them: for an evaluator to return that has more to say than numbers.
-
-    A plain mapping of metrics wherever one is expected; the rest is kept in `evaluations/` of the run directory.
-
-    Args:
-        metrics: one finite number for each name in `better`.
-        scores: for each metric that is a mean over rows, the score of each row, in the order of the rows: intervals and
-            paired tests are made of them.
-        weights: for each such metric whose mean is weighted, the weight of each row (its tokens, for instance).
-        details: JSON values by name, such as a confusion matrix or answers.
-    """
-
-    def __init__(
-        self,
-        metrics: Mapping[str, float],
-        *,
-        scores: Mapping[str, Sequence[float]] = MappingProxyType({}),
-        weights: Mapping[str, Sequence[float]] = MappingProxyType({}),
-        details: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(metrics)
-        self.scores, self.weights, self.details = dict(scores), dict(weights), dict(details)
 
 
 class Evaluator(Component):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.interfaces import Trainer, TrainResult
+from tunekit.core.interfaces import Trainer
+from tunekit.core.outcomes import TrainResult
 from tunekit.core.run import files
 from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.testing.harness import Harness, run_log

@@ -14,7 +14,8 @@ from tunekit.core.evaluation.answers import Asked
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.evaluation.prompted import Baseline
 from tunekit.core.evaluation.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.core.run.files import EVALUATIONS, START, read_json, write_json
 from tunekit.core.training import sharded
 from tunekit.core.training.parallel import ALONE, Processes

@@ -9,7 +9,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.evaluation.answers import Answer, AnswerEvaluator
-from tunekit.core.interfaces import Measured
+from tunekit.core.outcomes import Measured
 
 
 @attrs.frozen(kw_only=True)

@@ -13,7 +13,8 @@ from tunekit.core.evaluation.answers import answers, check_answers, split, text
 from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.evaluation.statistics import bootstrap
 from tunekit.core.fields import as_tuple, at_least
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.errors import ConfigError, DataError
 from tunekit.plugins.evaluators.confusion import accuracy, confusion, figures, fold, macro, majority, parse
 

@@ -13,7 +13,8 @@ from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.fields import as_text, at_least, did_you_mean
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.core.run.checkpoint import random_states, set_random_states
 from tunekit.errors import ConfigError
 

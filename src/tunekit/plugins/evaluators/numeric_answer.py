@@ -11,7 +11,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.evaluation.answers import Answer, AnswerEvaluator
-from tunekit.core.interfaces import Measured
+from tunekit.core.outcomes import Measured
 from tunekit.errors import DataError
 
 MARK = "####"

@@ -20,7 +20,8 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.data.row_source import RowSource
 from tunekit.core.evaluation.sampling import sample
 from tunekit.core.fields import as_tuple, at_least, positive
-from tunekit.core.interfaces import DataSource, Encoded, Evaluator, Measured
+from tunekit.core.interfaces import DataSource, Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.errors import ConfigError, DataError
 from tunekit.plugins.evaluators.sandbox import fault_of
 

@@ -14,7 +14,8 @@ from tunekit.core.data.batching import supervised_tokens
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import row_losses, text_bytes
 from tunekit.core.fields import at_least
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.data.rows import sound
 from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.fields import at_least
-from tunekit.core.interfaces import DataSource, Encoded, Evaluator, Measured
+from tunekit.core.interfaces import DataSource, Encoded, Evaluator
 from tunekit.core.model.base import context_length
+from tunekit.core.outcomes import Measured
 from tunekit.errors import DataError, TrainingError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from tunekit.core.data.rows import sound
 from tunekit.core.evaluation.answers import Answer, answers, check_answers
 from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.fields import at_least
-from tunekit.core.interfaces import DataSource, Encoded, Evaluator, Measured
+from tunekit.core.interfaces import DataSource, Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import generate
 from tunekit.core.fields import as_tuple, at_least
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.evaluation.predicting import evaluating, row_predictions
-from tunekit.core.interfaces import Encoded, Evaluator, Measured
+from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.outcomes import Measured
 
 if TYPE_CHECKING:
     from torch import nn

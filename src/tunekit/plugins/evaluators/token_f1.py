@@ -12,7 +12,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.evaluation.answers import Answer, AnswerEvaluator
-from tunekit.core.interfaces import Measured
+from tunekit.core.outcomes import Measured
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

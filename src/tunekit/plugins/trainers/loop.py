@@ -14,7 +14,8 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.core.data import batching
 from tunekit.core.evaluation.predicting import pad_id
-from tunekit.core.interfaces import Encoded, TrainResult
+from tunekit.core.interfaces import Encoded
+from tunekit.core.outcomes import TrainResult
 from tunekit.core.run.checkpoint import checksums
 from tunekit.core.run.signals import asked_to_stop
 from tunekit.core.training import rows_loss, sharded

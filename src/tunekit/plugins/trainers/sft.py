@@ -14,7 +14,8 @@ from tunekit.core.data import batching
 from tunekit.core.data.batching import Order
 from tunekit.core.data.codec import Codec, TrainOn
 from tunekit.core.fields import at_least, between, did_you_mean, positive
-from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
+from tunekit.core.interfaces import Encoded, Example, Trainer
+from tunekit.core.outcomes import TrainResult
 from tunekit.core.training.parallel import asks_for_pieces
 from tunekit.errors import ConfigError
 from tunekit.plugins.trainers import optimization

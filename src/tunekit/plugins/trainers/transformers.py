@@ -14,7 +14,8 @@ from tunekit.core.data import batching
 from tunekit.core.data.codec import Codec, TrainOn
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.fields import did_you_mean
-from tunekit.core.interfaces import Encoded, Example, Trainer, TrainResult
+from tunekit.core.interfaces import Encoded, Example, Trainer
+from tunekit.core.outcomes import TrainResult
 from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:

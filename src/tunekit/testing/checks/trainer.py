@@ -8,7 +8,8 @@ from unittest import SkipTest
 
 import attrs
 
-from tunekit.core.interfaces import Trainer, TrainResult
+from tunekit.core.interfaces import Trainer
+from tunekit.core.outcomes import TrainResult
 from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
