@@ -13,7 +13,7 @@ import tunekit.plugins as builtin
 from tunekit.core.component import Component
 
 PACKAGE = Path(tk.__file__).parent
-HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich")
+HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "numpy", "rich", "ray")
 WARM_IMPORT = 0.2
 """Seconds that `import tunekit` may take once its files are in the cache of the operating system."""
 

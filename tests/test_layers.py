@@ -101,6 +101,10 @@ ORDER = [
     # where all meet
     "core.run.verification",
     "core.run.verify",
+    "core.remote.job",
+    "core.remote.worker",
+    "core.remote.gang",
+    "core.remote.ray",
     "core.pipeline",
     "core.opening",
     # several runs
@@ -122,6 +126,7 @@ HEAVY = {
     "rich",
     "tomli_w",
     "psutil",
+    "ray",
 }
 IMPORTED_INSIDE = {"tunekit.core.training.head_loss"}
 """Modules that import heavy packages at their top, and are imported inside of functions themselves."""

@@ -43,6 +43,7 @@ from .core.pipeline import Pipeline as Pipeline
 from .core.plugin import Plugin as Plugin
 from .core.plugin import Plugins as Plugins
 from .core.registry import register as register
+from .core.remote.ray import Ray as Ray
 from .core.run.plan import Plan as Plan
 from .core.run.result import Run as Run
 from .core.run.run_log import RunLog as RunLog

@@ -26,6 +26,8 @@ from tunekit.core.model import added_tokens, fingerprint
 from tunekit.core.model.base import Base, Loaded, choose_device, choose_dtype, context_length, load_base
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import default_registry
+from tunekit.core.remote.job import Job
+from tunekit.core.remote.ray import Ray
 from tunekit.core.run import adapter_files, checkpoint, files, run_report
 from tunekit.core.run.export import Parts
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
@@ -194,7 +196,14 @@ class Pipeline:
 
     # Doing it ---------------------------------------------------------------------------------------------------------
 
-    def run(self, directory: str | Path, *, resume: Resume = False, observers: Iterable[object] = ()) -> Run:
+    def run(
+        self,
+        directory: str | Path,
+        *,
+        resume: Resume = False,
+        observers: Iterable[object] = (),
+        on: Ray | None = None,
+    ) -> Run:
         """Fine-tune, measuring the base before and the result after, and write everything into `directory`.
 
         Args:
@@ -202,6 +211,7 @@ class Pipeline:
             resume: go on from the newest checkpoint of an unfinished run of this same pipeline; "force" goes on though
                 it is another, and records every change in the result and the log.
             observers: objects with hook methods (`tunekit_log`, ...), told of this run only.
+            on: a cluster, whose processes make the run; None makes it here.
 
         Raises:
             ConfigError, DataError: before any weights are loaded.
@@ -211,6 +221,9 @@ class Pipeline:
         """
         directory = Path(directory)
         self.check()
+        if on:
+            on.make(Job(pipeline=self, directory=directory, resume=resume, observers=tuple(observers)))
+            return self._finished(directory)
         told = Observers(default_registry(), observers)
         processes, device = join(self.trainer, choose_device(self.device))
         if not resume:

@@ -65,7 +65,24 @@ class Tokens:
 Budget = Steps | Tokens
 
 
-def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> Iterator[int] | None:
+@attrs.frozen
+class TokensOfSteps:
+    """Tokens of the rows of each step, without end; see `tokens_of_steps`."""
+
+    size: int
+    order: batching.Order
+    lengths: Sequence[int] = attrs.field(repr=False)
+    seed: int
+
+    def __iter__(self) -> Iterator[int]:
+        # By epochs, not by `rows_of_step`, which makes the order of the whole epoch anew for every step.
+        for epoch in count():
+            rows = batching.epoch_order(len(self.lengths), epoch, self.seed, self.order)
+            for at in range(0, len(rows), self.size):
+                yield sum(self.lengths[row] for row in rows[at : at + self.size])
+
+
+def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> TokensOfSteps | None:
     """Tokens of the rows of each step, without end; None for a trainer without the fields `batch_size` and `order`.
 
     Args:
@@ -76,8 +93,4 @@ def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> Iter
     fields = attrs.fields_dict(type(trainer))
     if "batch_size" not in fields or "order" not in fields:
         return None
-    size = trainer.batch_size  # type: ignore[attr-defined]
-    order: batching.Order = trainer.order  # type: ignore[attr-defined]
-    # By epochs, not by `rows_of_step`, which makes the order of the whole epoch anew for every step.
-    epochs = (batching.epoch_order(len(lengths), epoch, seed, order) for epoch in count())
-    return (sum(lengths[row] for row in rows[at : at + size]) for rows in epochs for at in range(0, len(rows), size))
+    return TokensOfSteps(trainer.batch_size, trainer.order, lengths, seed)  # type: ignore[attr-defined]

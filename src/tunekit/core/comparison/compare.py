@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tunekit.core.model import fingerprint
 from tunekit.core.model.base import Base, choose_device, context_length
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
+from tunekit.core.remote.job import Job
+from tunekit.core.remote.ray import Ray
 from tunekit.core.run import files
 from tunekit.core.run.gauge import MEASURED, Gauge
 from tunekit.core.run.measuring import check_names
@@ -60,6 +63,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     learning_rates: Sequence[float] | None = None,
     observers: Iterable[object] = (),
+    on: Ray | None = None,
 ) -> Comparison:
     """Fine-tune by several methods on the same rows in the same order from the same base, and compare what came of it.
 
@@ -77,6 +81,7 @@ def compare(
         learning_rates: each is tried with each method, as an arm of its own; None takes each method's own, whatever the
             trainer's is.
         observers: as for `Pipeline.run`, told of every run.
+        on: a cluster that makes the runs, as many at once as it has room for; None makes them here, one by one.
 
     Raises:
         ConfigError, DataError: before anything is trained: what is wrong with the arguments or the data; a directory
@@ -93,7 +98,6 @@ def compare(
     for trial in trials:
         _check_same(trial, known)
 
-    device = choose_device(pipeline.device)
     errors: dict[Path, str] = {}
 
     def so_far() -> Comparison:
@@ -106,12 +110,19 @@ def compare(
         )
 
     directory.mkdir(parents=True, exist_ok=True)
-    for trial in trials:
-        if (trial.directory / files.RESULT).is_file():
-            continue
+    todo = [trial for trial in trials if not (trial.directory / files.RESULT).is_file()]
+    if on:
+        with closing(on.make_all([_job(trial, observers) for trial in todo])) as made:
+            for at, error in made:
+                if error:
+                    errors[todo[at].directory] = redacted(f"{type(error).__name__}: {error}")
+                so_far().save()
+        todo = []
+    for trial in todo:
+        device = choose_device(pipeline.device)
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
-            _run(trial, device, observers)
+            _job(trial, observers).make()
         except Exception as error:  # one method's failure is a result of the comparison, not its end
             errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
         _free_memory(device)
@@ -206,12 +217,13 @@ def _check_same(trial: Trial, base: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where} holds a run with other rows than these", "compare.directory")
 
 
-def _run(trial: Trial, device: str, observers: Sequence[object]) -> None:
-    """Make the run, or go on with it. The finished run, and its model with it, is not kept."""
+def _job(trial: Trial, observers: Sequence[object]) -> Job:
+    """The run to be made, or to be gone on with."""
     resume = (trial.directory / files.RECIPE).is_file()
-    lengths = trial.data.train.lengths if trial.data else []
+    lengths = list(trial.data.train.lengths) if trial.data else []
     tokens = tokens_of_steps(trial.pipeline.trainer, lengths, trial.pipeline.seed) if lengths else None
-    trial.pipeline.run(trial.directory, resume=resume, observers=[Gauge(device, tokens), *observers])
+    gauge = Gauge(trial.pipeline.device, tokens)
+    return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=(gauge, *observers))
 
 
 def _free_memory(device: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 import attrs
 
 from tunekit.core.hookspecs import hookimpl
+from tunekit.core.model.base import choose_device
 from tunekit.core.run.files import write_json
 from tunekit.core.run.run_log import RunLog
 
@@ -27,12 +28,12 @@ class Gauge:
     - `seconds`: the whole run, loading and evaluations included; null if it was resumed.
 
     Args:
-        device: where the run is.
+        device: where the run is; None for the one that is chosen there.
         tokens: of the rows of each step, from the first on; None where that is not known.
     """
 
-    device: str
-    tokens: Iterator[int] | None
+    device: str | None
+    tokens: Iterable[int] | None
     _began: float = 0.0
     _mark: tuple[int, float] | None = None
     _timed: set[int] = attrs.field(factory=set)
@@ -42,6 +43,7 @@ class Gauge:
     def tunekit_run_started(self) -> None:
         """Start to measure."""
         self._began = time.monotonic()
+        self.device = choose_device(self.device)
         if self.device.startswith("cuda"):
             import torch
 
@@ -79,7 +81,7 @@ class Gauge:
         return sum(tokens for step, tokens in per_step if step in self._timed) / self._training
 
     def _peak(self) -> int | None:
-        if not self.device.startswith("cuda"):
+        if self.device is None or not self.device.startswith("cuda"):
             return None
         import torch
 

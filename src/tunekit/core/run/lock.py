@@ -79,6 +79,14 @@ def held(directory: Path) -> Iterator[str]:
             place.unlink(missing_ok=True)
 
 
+def leave(directory: Path, host: str, pid: int) -> None:
+    """Take away the lock of a process that is known to be gone: of another machine's, nobody else can know."""
+    place = directory / LOCK
+    owner = _owner(_read(place))
+    if owner and (owner.host, owner.pid) == (host, pid):
+        place.unlink(missing_ok=True)
+
+
 def _take(place: Path, text: str) -> str:
     """Make the lock file; says whose lock it replaced, if any."""
     note = ""

@@ -1,0 +1,1 @@
+"""Runs that are made elsewhere: on the machines of a Ray cluster."""
