@@ -57,10 +57,11 @@ def pages() -> dict[str, str]:
     comparison = ["# Comparison", "", *comparing, *(line for cls in results for line in lower(class_page(cls)))]
     followers = (tk.Csv, tk.TensorBoard, tk.Mlflow, tk.Wandb, tk.Trackio)
     observers = [line for cls in followers for line in lower(described(cls))]
+    pipeline = [line for cls in (tk.Pipeline, tk.Run, tk.RunReport) for line in class_page(cls)]
     hooks = {name: found for name, found in vars(hookspecs).items() if name.startswith("tunekit_")}
     made = {
         "README.md": index(),
-        "pipeline.md": [line for cls in (tk.Pipeline, tk.Run, tk.RunReport) for line in class_page(cls)],
+        "pipeline.md": [*pipeline, *described(tk.Ray)],
         "validation.md": ["# Validation", "", *functions({"tk.validate": tk.validate}), *lower(class_page(tk.Report))],
         "comparison.md": comparison,
         "observers.md": ["# Observers", "", *observers],
