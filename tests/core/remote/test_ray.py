@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import tunekit as tk
 from tunekit.core.remote import ray as remote
 from tunekit.core.remote.gang import Lost
+from tunekit.core.remote.job import Job
 from tunekit.core.remote.worker import Whereabouts, variables
 from tunekit.core.run import checkpoint, files, lock
 
@@ -175,6 +176,21 @@ def test_what_cannot_be_sent_is_named(cluster, tmp_path):
 
     with pytest.raises(tk.ConfigError, match=r"run\.observers\[0\]: Holds cannot be sent"):
         make(tk.LoRA()).run(tmp_path / "run", observers=[Holds()], on=tk.Ray())
+
+
+@needs_ray
+def test_a_worker_finds_relative_paths_where_they_were_and_misses_a_run_directory_that_is_not_shared(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    sent = Job(pipeline=make(tk.LoRA()), directory=Path("run")).packed()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tk.ConfigError, match=r"here.run is not there; .* all machines see"):
+        Job.unpacked(sent)
+    (tmp_path / "here" / "run").mkdir()
+    assert Job.unpacked(sent).pipeline == make(tk.LoRA())
+    assert Path.cwd() == tmp_path / "here"
 
 
 @needs_ray

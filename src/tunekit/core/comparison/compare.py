@@ -98,6 +98,7 @@ def compare(
     for trial in trials:
         _check_same(trial, known)
 
+    device = "cpu" if on else choose_device(pipeline.device)
     errors: dict[Path, str] = {}
 
     def so_far() -> Comparison:
@@ -119,7 +120,6 @@ def compare(
                 so_far().save()
         todo = []
     for trial in todo:
-        device = choose_device(pipeline.device)
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
             _job(trial, observers).make()

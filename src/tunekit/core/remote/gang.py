@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import attrs
@@ -150,7 +151,7 @@ class Gang:
                     errors.append(error)
                     patience = min(patience, time.monotonic() + GRACE)
                 except RayError as error:
-                    raise Stopped if asked else Lost(self._name(rank), _last_line(error)) from None
+                    raise Stopped if asked else Lost(self._name(rank), _said(error)) from None
         if errors and asked:
             raise Stopped
         if errors:
@@ -170,11 +171,13 @@ class Gang:
             task.options(scheduling_strategy=there).remote(worker.pid)
 
     def _name(self, rank: int) -> str:
-        where = self.where[rank] if self.where else None
-        output = f" (its output: logs/worker-{where.worker}-* of Ray's session there)" if where else ""
-        return f"worker {rank} of {self.count}" + (f", {where}{output}" if where else "")
+        if not self.where:
+            return f"worker {rank} of {self.count}, while it started,"
+        where = self.where[rank]
+        output = f"its output: logs/worker-{where.worker}-* of Ray's session there"
+        return f"worker {rank} of {self.count}, {where} ({output})"
 
 
-def _last_line(error: Exception) -> str:
-    """What Ray says of a death, without its preface."""
-    return str(error).strip().splitlines()[-1].strip()
+def _said(error: Exception) -> str:
+    """What Ray says of a death, without its preface, and without all the causes that there may be."""
+    return shorten(str(error).strip().splitlines()[-1], 250, placeholder=" ...")

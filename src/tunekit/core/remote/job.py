@@ -24,14 +24,14 @@ class Job:
         directory: the run directory; on a file system that all machines see.
         resume: as for `Pipeline.run`.
         observers: as for `Pipeline.run`; copies of them observe, and no state of theirs comes back.
-        place: the working directory, to which paths in the pipeline may be relative.
+        working_directory: the present one, to which paths in the pipeline may be relative.
     """
 
     pipeline: Pipeline
     directory: Path
     resume: Resume = False
     observers: tuple[object, ...] = ()
-    place: Path = attrs.field(factory=Path.cwd)
+    working_directory: Path = attrs.field(factory=Path.cwd)
 
     def packed(self) -> bytes:
         """All of it as bytes. ConfigError naming the part of which none can be made."""
@@ -62,8 +62,8 @@ class Job:
         except ImportError as error:
             raise ConfigError(f"{error}; what a pipeline is made of must be installed wherever it runs") from None
         assert isinstance(job, Job)
-        if job.place.is_dir():
-            os.chdir(job.place)
+        if job.working_directory.is_dir():
+            os.chdir(job.working_directory)
         if not job.directory.is_dir():
             raise ConfigError(
                 f"{job.directory} is not there; it must be on a file system that all machines see", "directory"

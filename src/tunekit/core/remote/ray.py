@@ -67,11 +67,13 @@ class Ray:
 
         KeyboardInterrupt and SystemExit stop the workers, which save; it is waited for. A second one ends them at once.
         """
+        if not jobs:
+            return
         check_alone("a call with on=tk.Ray(...)")
         connect(self.address)
         stop = Stop()
         # Threads only wait: what runs at once is decided by Ray.
-        with ThreadPoolExecutor(max(len(jobs), 1), "tunekit-ray") as pool:
+        with ThreadPoolExecutor(len(jobs), "tunekit-ray") as pool:
             made = {pool.submit(self._make, job, stop): at for at, job in enumerate(jobs)}
             try:
                 for one in as_completed(made):
