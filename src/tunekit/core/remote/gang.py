@@ -93,9 +93,9 @@ class Gang:
             self._actors = [actor.remote() for _ in range(self.count)]
             self.where = self._answers([worker.whereabouts.remote() for worker in self._actors])
             sent = ray.put(packed)
-            each = variables(self.where, self.each.get("GPU", 0))
+            told = variables(self.where, self.each.get("GPU", 0))
             made = self._answers(
-                [worker.make.remote(sent, mine) for worker, mine in zip(self._actors, each, strict=True)]
+                [worker.make.remote(sent, its) for worker, its in zip(self._actors, told, strict=True)]
             )
             if self.stop.asked.is_set():
                 raise Stopped

@@ -101,7 +101,7 @@ class Ray:
                 for worker in gang.where[:1]:  # the first holds the lock
                     lock.leave(job.directory, worker.host, worker.pid)
                 if (job.directory / files.RESULT).is_file():
-                    break  # it died of old age
+                    break  # it had done its work
                 if restarts == self.max_restarts:
                     raise TrainingError(
                         f"{lost}; the run was started again {restarts} times. Once the cause is gone, go on with "
