@@ -92,7 +92,7 @@ def cluster(cache):
 
         # The classes of this module are sent along: the workers cannot import it.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
         yield
         ray.shutdown()
 
