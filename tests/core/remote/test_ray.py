@@ -200,6 +200,15 @@ def test_a_run_that_the_cluster_has_no_room_for_says_what_it_asks_for(cluster, t
         make(tk.LoRA()).run(tmp_path / "run", on=tk.Ray(workers=3))
 
 
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:head"])
+def test_an_address_at_which_nobody_listens_is_named_at_once(address, monkeypatch, tmp_path):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(tk.ConfigError, match=f"Ray.address: no Ray cluster answers at '{address}'"):
+        make(tk.LoRA()).run(tmp_path / "run", on=tk.Ray(address=address))
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from itertools import count
@@ -133,8 +134,19 @@ def connect(address: str | None) -> None:
 
     if ray.is_initialized():
         return
+    _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here tells nobody
     try:
         ray.init(address=address, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no Ray cluster: {error}", "Ray.address") from error
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise ConfigError for a "host:port" at which nobody listens: Ray would try for minutes."""
+    host, separator, port = (address or "").rpartition(":")
+    if separator:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no Ray cluster answers at {address!r} ({error})", "Ray.address") from None
