@@ -157,10 +157,14 @@ def test_an_interrupt_here_makes_the_workers_save(cluster, tmp_path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    long = make(tk.LoRA(rank=2), trainer=attrs.evolve(TRAINER, epochs=300, save_every=None))
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     threading.Thread(target=interrupt, daemon=True).start()
-    long = make(tk.LoRA(rank=2), trainer=attrs.evolve(TRAINER, epochs=100, save_every=None))
-    with pytest.raises(KeyboardInterrupt):
-        long.run(tmp_path / "run", observers=[Marks(str(tmp_path / "mark"))], on=tk.Ray())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            long.run(tmp_path / "run", observers=[Marks(str(tmp_path / "mark"))], on=tk.Ray())
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert checkpoint.newest(tmp_path / "run" / files.CHECKPOINTS).step >= 2
     assert "stopped by SystemExit: 143" in (tmp_path / "run" / files.LOG).read_text(encoding="utf-8")
 
