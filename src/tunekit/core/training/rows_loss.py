@@ -1,14 +1,15 @@
-"""The loss of some rows, by the quickest of three ways to the same number that is right for the model.
+"""The loss of some rows, by the quickest of several ways to the same number that is right for the model.
 
 The plainest pads the rows and makes logits of every token. The quicker ones lay the rows end to end without padding,
-and make logits only where there is a label, a few tokens at a time. Whether a model can be trained so is not looked up
-in a list: it is tried on rows of the user's own.
+make logits only where there is a label, a few tokens at a time, and have lean forwards for adapters. Whether a model
+can be trained so is not looked up in a list: it is tried on rows of the user's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,6 +18,8 @@ from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.interfaces import Encoded
+from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
+from tunekit.core.lean.trial import fault
 from tunekit.core.training.segments import ATTENTION, attending, flatten
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ class RowsLoss:
         device: where tensors are made.
         padding_free: rows are laid end to end; within `training()` only.
         chunked: logits are made where there is a label, a chunk at a time.
+        lean: layers of PEFT's have lean forwards; within `training()` only.
         notes: why a quicker way was not taken.
     """
 
@@ -44,6 +48,7 @@ class RowsLoss:
     device: str
     padding_free: bool = False
     chunked: bool = False
+    lean: bool = False
     notes: Sequence[str] = ()
     _usual: str = attrs.field(init=False)
 
@@ -80,21 +85,34 @@ class RowsLoss:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within it, the model attends as this way to the loss needs."""
-        with attending(self.model, ATTENTION) if self.padding_free else nullcontext():
+        """Within it, the model computes as this way to the loss needs."""
+        with (
+            attending(self.model, ATTENTION) if self.padding_free else nullcontext(),
+            lean_forwards(self.model) if self.lean else nullcontext(),
+        ):
             yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it, inside of `training()`, the model attends as it does otherwise: to evaluate it."""
-        with attending(self.model, self._usual) if self.padding_free else nullcontext():
+        """Within it, inside of `training()`, the model computes as it does otherwise: to evaluate it."""
+        with (
+            attending(self.model, self._usual) if self.padding_free else nullcontext(),
+            usual_forwards(self.model) if self.lean else nullcontext(),
+        ):
             yield
 
 
 def choose(
-    model: nn.Module, rows: Sequence[Encoded], pad_id: int, device: str, *, padding_free: bool, chunked: bool
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    pad_id: int,
+    device: str,
+    *,
+    padding_free: bool,
+    chunked: bool,
+    lean: bool = False,
 ) -> RowsLoss:
-    """The quickest way that is right for `model`: each is tried, without dropout, against the plain one.
+    """The quickest way that is right for `model`: each is tried against the plain one.
 
     Args:
         model: the module to train.
@@ -103,6 +121,7 @@ def choose(
         device: where the model is.
         padding_free: whether rows may be laid end to end.
         chunked: whether logits may be made a chunk at a time.
+        lean: whether layers of PEFT's may have lean forwards.
     """
     chosen = RowsLoss(model=model, pad_id=pad_id, device=device)
     with evaluating(model):
@@ -111,6 +130,11 @@ def choose(
             chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
         if padding_free:
             chosen = _tried(attrs.evolve(chosen, padding_free=True), chosen, "rows without padding", rows, plain)
+    if lean and can_be_lean(model):
+        with chosen.training():
+            reason = fault(model, partial(chosen, model, rows[:1]))
+        note = [f"no lean forwards: {reason}"] if reason else []
+        chosen = attrs.evolve(chosen, lean=not reason, notes=[*chosen.notes, *note])
     return chosen
 
 

@@ -141,7 +141,7 @@ def fit(
             stop, due = next((by for by, _ in asks if by), None), asks[0][1]
             last = step in (steps, so_far.stopped_at)
             if ((due or is_best) and not last) or stop:
-                way = {"padding_free": summed_loss.padding_free, "chunked": summed_loss.chunked}
+                way = {name: getattr(summed_loss, name) for name in ("padding_free", "chunked", "lean")}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
                 run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step, background=beside)
@@ -171,8 +171,9 @@ def _summed_loss(
     fill = pad_id(tokenizer)
     if run.resumed:
         way = run.resumed.state["trainer"]["loss"]
-        free, chunked = sft.padding_free and way["padding_free"], sft.chunked_loss and way["chunked"]
-        return RowsLoss(model=model, pad_id=fill, device=context.device, padding_free=free, chunked=chunked)
+        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": sft.lean}
+        way = {name: value and allowed[name] for name, value in way.items()}
+        return RowsLoss(model=model, pad_id=fill, device=context.device, **way)
     found = rows_loss.choose(
         model,
         batching.shortest_and_longest(train),
@@ -180,6 +181,7 @@ def _summed_loss(
         context.device,
         padding_free=sft.padding_free,
         chunked=sft.chunked_loss,
+        lean=sft.lean,
     )
     for note in found.notes:
         run.note(note)

@@ -1,0 +1,102 @@
+"""Training with lean forwards in the place of PEFT's, and evaluating with PEFT's all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tunekit.core.lean.forward import LeanForward
+from tunekit.core.lean.memory import free_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHARE = 0.5
+"""Of the memory that is free when training starts, what dequantized weights may take."""
+
+
+@contextmanager
+def lean_forwards(model: nn.Module) -> Iterator[list[LeanForward]]:
+    """Within it, the layers of PEFT's that are known have lean forwards, which it yields; the others keep theirs.
+
+    Only the forward of these very modules is another, so that parameters, their names and files are what they were.
+    Dequantized weights are kept while half of the memory that was free at the start lasts, and are gone afterwards.
+    """
+    found = _lean(model)
+    for one in found:
+        one.layer.forward = one
+    try:
+        yield found
+    finally:
+        for one in found:
+            del one.layer.forward
+
+
+@contextmanager
+def usual_forwards(model: nn.Module) -> Iterator[None]:
+    """Within it, inside of `lean_forwards`, the layers have PEFT's forwards again."""
+    found = [module for module in model.modules() if isinstance(vars(module).get("forward"), LeanForward)]
+    lean = [vars(module).pop("forward") for module in found]
+    try:
+        yield
+    finally:
+        for module, forward in zip(found, lean, strict=True):
+            module.forward = forward
+
+
+def can_be_lean(model: nn.Module) -> bool:
+    """Whether any of its layers has a lean forward."""
+    return bool(_lean(model))
+
+
+def _lean(model: nn.Module) -> list[LeanForward]:
+    """A lean forward for each layer of `model` that does what one of them does, and nothing else."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        return []
+    from tunekit.core.lean.frozen import Budget, frozen
+
+    kinds = _kinds()
+    budget = Budget(int(SHARE * free_bytes(str(next(model.parameters()).device))))
+    found = []
+    for layer in layers:
+        active = layer.active_adapters
+        base = frozen(layer, budget) if type(layer) in kinds and len(active) == 1 else None
+        if base is None or "forward" in vars(layer):
+            continue
+        made = [kind(layer, active[0], base) for kind in kinds[type(layer)]]
+        found += [one for one in made if one.tensors() and one.knows()][:1]
+    return found
+
+
+def _kinds() -> dict[type[Any], tuple[type[LeanForward], ...]]:
+    """What may stand in for the forward of each type of layer; subclasses may do more, and are others."""
+    from peft.import_utils import is_bnb_available
+    from peft.tuners import adalora, ia3, loha, lokr, lora
+
+    from tunekit.core.lean.adalora import LeanAdaLoRA
+    from tunekit.core.lean.ia3 import LeanIA3
+    from tunekit.core.lean.loha import LeanLoHa
+    from tunekit.core.lean.lokr import LeanLoKr
+    from tunekit.core.lean.lora import LeanDoRA, LeanLoRA
+
+    kinds: dict[type[Any], tuple[type[LeanForward], ...]] = {
+        lora.Linear: (LeanLoRA, LeanDoRA),
+        adalora.SVDLinear: (LeanAdaLoRA,),
+        ia3.Linear: (LeanIA3,),
+        loha.layer.Linear: (LeanLoHa,),
+        lokr.layer.Linear: (LeanLoKr,),
+    }
+    if is_bnb_available():
+        kinds |= {
+            lora.Linear4bit: (LeanLoRA, LeanDoRA),
+            lora.Linear8bitLt: (LeanLoRA, LeanDoRA),
+            adalora.SVDLinear4bit: (LeanAdaLoRA,),
+            adalora.SVDLinear8bitLt: (LeanAdaLoRA,),
+            ia3.Linear4bit: (LeanIA3,),
+            ia3.Linear8bitLt: (LeanIA3,),
+        }
+    return kinds
