@@ -44,6 +44,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(os.environ["TUNEKIT_CACHE"])
 
 
+@pytest.fixture(autouse=True)
+def same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every processor is one without bfloat16: what tests compute does not depend on the machine."""
+    from tunekit.core.model import precision
+
+    asked = precision.multiplies_bfloat16
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: device != "cpu" and asked(device))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with public data and a small public model; only for tests marked `real`."""

@@ -52,6 +52,7 @@ ORDER = [
     # the model and what is done with it
     "core.model.trust",
     "core.model.added_tokens",
+    "core.model.precision",
     "core.model.base",
     "core.model.fingerprint",
     "core.model.dequantize",

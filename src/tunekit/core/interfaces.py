@@ -108,6 +108,8 @@ class AdapterMethod(Component):
     """A good peak learning rate for it with AdamW; used where the trainer leaves its own open."""
     starts_as_base: bool = True
     """Whether the model predicts what its base does until the first step."""
+    trains_base: ClassVar[bool] = False
+    """Whether it trains weights of the base itself, which are float32 then unless the user asks for another dtype."""
     trains_added_tokens: ClassVar[bool] = False
     """Whether it trains, saves and loads the rows of the tokens in `Context.added_ids`, of embedding and head."""
 

@@ -23,8 +23,9 @@ from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.model import added_tokens, fingerprint
-from tunekit.core.model.base import Base, Loaded, choose_device, choose_dtype, context_length, load_base
+from tunekit.core.model.base import Base, Loaded, choose_device, context_length, load_base
 from tunekit.core.model.dequantize import dequantize
+from tunekit.core.model.precision import check_dtype, choose_precision
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
@@ -68,7 +69,7 @@ class Pipeline:
         baselines: longer prompts with which the base is measured as well.
         seed: of the initial adapter, the order of rows, dropout, and the choice of held-out rows.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
-        dtype: of the base weights; None takes bfloat16 on CUDA and float32 on the CPU.
+        dtype: of the base weights; None takes what is best: bfloat16 if it is frozen and the hardware is made for it.
         trust_remote_code: whether code in the model's repository may run.
     """
 
@@ -123,8 +124,7 @@ class Pipeline:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
             raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {self.device!r}", "Pipeline.device")
-        if self.device:
-            choose_dtype(self.dtype, self.device)
+        check_dtype(self.dtype, self.device)
         scheme = context.quantization
         if scheme and scheme not in self.adapter.supports:
             able = ", ".join(sorted(self.adapter.supports)) or "none: quantize nothing, or choose LoRA"
@@ -155,14 +155,13 @@ class Pipeline:
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
         self.check()
-        config = self._base.config()
         codec = self._base.codec(self.template)
-        data = self._data(codec, context_length(config))
+        data = self._data(codec, context_length(self._base.config()))
         steps = self.trainer.planned_steps(len(data.train))
         device = choose_device(self.device)
-        dtype = choose_dtype(self.dtype, device)
-        context = self._context(device, dtype, codec, total_steps=steps)
-        trained = self.adapter.attach(self._base.empty(dtype, context.added_ids), context)
+        held = choose_precision(self.dtype, device, self.adapter)
+        context = self._context(device, held.dtype, codec, total_steps=steps)
+        trained = self.adapter.attach(self._base.empty(context.dtype, context.added_ids), context)
         trainable, total = count_parameters(trained)
         return Plan(
             rows=len(data.train),
@@ -174,8 +173,9 @@ class Pipeline:
             longest=max(len(row["input_ids"]) for row in data.train),
             trainable_parameters=trainable,
             total_parameters=total,
+            precision=str(held),
             checkpoint=self.trainer.checkpoint_bytes(trained),
-            memory=standing_memory(trained, 4 if dtype == "float32" else 2, quantized=self._quantizer is not None),
+            memory=standing_memory(trained, 4 if held.dtype == "float32" else 2, quantized=self._quantizer is not None),
             changed=data.changed,
         )
 
@@ -330,7 +330,7 @@ class Pipeline:
             model_type=self._base.model_type(),
             seed=self.seed,
             device=device or self.device or "",
-            dtype=dtype or (choose_dtype(self.dtype, device) if device else self.dtype or ""),
+            dtype=dtype or (choose_precision(self.dtype, device, self.adapter).dtype if device else self.dtype or ""),
             quantization=self._quantizer.scheme if self._quantizer else None,
             learning_rate=self.adapter.learning_rate,
             better={name: way for evaluator in self.evaluators for name, way in evaluator.better.items()},

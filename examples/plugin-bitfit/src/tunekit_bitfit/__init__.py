@@ -13,6 +13,7 @@ class BitFit(tunekit.AdapterMethod):
     """
 
     name = "bitfit"
+    trains_base = True
     norms: bool = True
 
     def attach(self, model, context):

@@ -256,16 +256,6 @@ def choose_device(device: str | None) -> str:
     return chosen
 
 
-def choose_dtype(dtype: str | None, device: str) -> str:
-    """The dtype of the base weights: the user's, else bfloat16 on CUDA and float32 on the CPU.
-
-    Raises ConfigError for float16 on the CPU, which has no arithmetic for it to train with.
-    """
-    if dtype == "float16" and device == "cpu":
-        raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
-    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-
-
 def context_length(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):

@@ -25,6 +25,7 @@ class Plan:
         longest: tokens of the longest training row.
         trainable_parameters: parameters that training changes.
         total_parameters: all parameters, trainable ones included.
+        precision: the dtype of the base's weights, and why.
         checkpoint: bytes of one on disk; None if the trainer does not say.
         memory: bytes by part that are held throughout; activations come on top.
         changed: rows dropped or cut, by reason.
@@ -39,6 +40,7 @@ class Plan:
     longest: int
     trainable_parameters: int
     total_parameters: int
+    precision: str
     checkpoint: int | None
     memory: Mapping[str, int]
     changed: Mapping[str, int]
@@ -65,6 +67,7 @@ class Plan:
                 "trainable parameters",
                 f"{self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2%})",
             ],
+            ["base weights", self.precision],
             *([] if self.checkpoint is None else [["a checkpoint", f"{self.checkpoint / 2**20:,.1f} MiB on disk"]]),
             *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items()),
             *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in self.changed.items()),

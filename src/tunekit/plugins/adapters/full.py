@@ -22,14 +22,15 @@ class Full(AdapterMethod):
     """Full fine-tuning: every parameter W becomes W + dW, with nothing added and nothing frozen.
 
     It learns the most and forgets the most, and needs memory for a gradient and the optimizer's two moments of every
-    parameter: four times the weights with AdamW. It takes a small learning rate. Weights are trained in the
-    pipeline's dtype: with `dtype="bfloat16"` changes below a 256th of a weight are lost, so prefer "float32". What is
-    saved is as large as the model. Howard and Ruder 2018, https://arxiv.org/abs/1801.06146; compared with LoRA by
-    Biderman et al. 2024, https://arxiv.org/abs/2405.09673.
+    parameter: four times the weights with AdamW. It takes a small learning rate. Weights are float32, unless the
+    pipeline's `dtype` says otherwise: in bfloat16 changes below a 256th of a weight are lost. What is saved is as large
+    as the model. Howard and Ruder 2018, https://arxiv.org/abs/1801.06146; compared with LoRA by Biderman et al. 2024,
+    https://arxiv.org/abs/2405.09673.
     """
 
     name = "full"
     learning_rate = 1e-5
+    trains_base = True
     trains_added_tokens = True
 
     def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:

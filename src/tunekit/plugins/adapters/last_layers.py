@@ -24,7 +24,8 @@ class LastLayers(AdapterMethod):
     """Train the last decoder layers whole; embeddings, the layers before, the final norm and the head stay frozen.
 
     Trained parameters: `count` times those of a layer. No gradient goes back further than the first trained layer,
-    which saves time and memory. Weights are trained in the pipeline's dtype, so prefer "float32". Lee et al. 2019, https://arxiv.org/abs/1911.03090.
+    which saves time and memory. Weights are float32, unless the pipeline's `dtype` says otherwise: in bfloat16 small
+    changes are lost. Lee et al. 2019, https://arxiv.org/abs/1911.03090.
 
     Args:
         count: how many layers are trained, counted from the last.
@@ -32,6 +33,7 @@ class LastLayers(AdapterMethod):
 
     name = "last-layers"
     learning_rate = 2e-5
+    trains_base = True
     count: int = attrs.field(default=2, validator=at_least(1))
 
     def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
