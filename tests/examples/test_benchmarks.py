@@ -1,5 +1,6 @@
 """The benchmarks run: on small shapes here, on the shapes they are about where there is a device for them."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -38,3 +39,15 @@ def test_the_arms_of_the_speed_benchmark_do_the_same_work():
     _, theirs = speed["by_transformers"]("small", 2)
     assert quick == pytest.approx(plain, rel=1e-5)
     assert quick == pytest.approx(theirs, rel=1e-3)
+
+
+def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    methods = runpy.run_path(str(BENCHMARKS / "methods.py"))
+    small = ["--shape", "tiny", "--rows", "2", "--tokens", "12", "--steps", "2", "--out", str(tmp_path / "found.json")]
+    found = methods["main"](small)
+    assert json.loads((tmp_path / "found.json").read_text())["methods"] == found
+    assert list(found) == list(methods["METHODS"])
+    assert all(figures["seconds"] > 0 for ways in found.values() for figures in ways.values())
+    assert [found["LoRA"][way]["to LoRA"] for way in ("lean", "PEFT")] == [1, 1]
+    assert capsys.readouterr().out.count("\n") == 1 + len(found)

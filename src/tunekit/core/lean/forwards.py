@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def _lean(model: nn.Module) -> list[LeanForward]:
     from tunekit.core.lean.frozen import Budget, frozen
 
     kinds = _kinds()
-    budget = Budget(int(SHARE * free_bytes(str(next(model.parameters()).device))))
+    budget = Budget(int(SHARE * free_bytes(str(next(model.parameters()).device)) / _sharing()))
     found = []
     for layer in layers:
         active = layer.active_adapters
@@ -70,6 +71,18 @@ def _lean(model: nn.Module) -> list[LeanForward]:
         made = [kind(layer, active[0], base) for kind in kinds[type(layer)]]
         found += [one for one in made if one.tensors() and one.knows()][:1]
     return found
+
+
+def drop_kept(model: nn.Module) -> bool:
+    """Drop dequantized weights, and keep none from here on: memory ran out; whether there were any."""
+    found = [vars(module).get("forward") for module in model.modules()]
+    had = [forward.base.drop() for forward in found if isinstance(forward, LeanForward)]
+    return any(had)
+
+
+def _sharing() -> int:
+    """How many processes of this run share the machine's memory; each on a GPU of its own, they are as careful."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _kinds() -> dict[type[Any], tuple[type[LeanForward], ...]]:

@@ -57,6 +57,11 @@ class Frozen:
             return getattr(self.module, "compute_dtype", None) in (None, dtype)
         return bool(self.module.weight.dtype == dtype)
 
+    def drop(self) -> bool:
+        """Keep no dequantized weight from here on; whether there was one."""
+        had, self._kept, self.budget.bytes = self._kept is not None, None, 0
+        return had
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (out_features, in_features) in `dtype`: the very numbers that the layer computes with."""
         if not self._quantized:

@@ -20,8 +20,8 @@ class LoHa(PeftMethod):
 
     The second product is taken element by element. A1 and A2 have shape (rank, in_features), B1 and B2
     (out_features, rank), and A2 starts at zero, so the model starts as its base. The update has a rank of up to
-    rank**2, for 2 * rank * (in_features + out_features) parameters a weight: twice those of LoRA. It is made in full,
-    (out_features, in_features), in every forward pass, which costs time and memory.
+    rank**2, for 2 * rank * (in_features + out_features) parameters a weight: twice those of LoRA. In full it is
+    as large as W: `SFT(lean=True)` multiplies with factors of rank**2 instead wherever that is less work.
     Hyeon-Woo et al. 2022 (FedPara), https://arxiv.org/abs/2108.06098; Yeh et al. 2024 (LyCORIS),
     https://arxiv.org/abs/2309.14859.
 

@@ -22,7 +22,7 @@ class LoKr(PeftMethod):
     model starts as its base; A has shape (rank, i2), B (o2, rank): o1 * i1 + rank * (o2 + i2) parameters a weight, a
     hundredth of LoRA's. The rank of the update is that of C times that of B @ A. Where the rank is not below half of
     the larger of o2 and i2, one full matrix (o2, i2) stands in for B @ A, and a higher rank changes nothing:
-    `effective_rank` says so. It is made in full, (out_features, in_features), in every forward pass.
+    `effective_rank` says so. In full it is as large as W: `SFT(lean=True)` multiplies with the factors instead.
     Yeh et al. 2024 (LyCORIS), https://arxiv.org/abs/2309.14859; Edalati et al. 2022 (KronA),
     https://arxiv.org/abs/2212.10650.
 

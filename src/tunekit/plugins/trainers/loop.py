@@ -15,6 +15,7 @@ from tunekit.core.component import Context
 from tunekit.core.data import batching
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.interfaces import Encoded
+from tunekit.core.lean.forwards import drop_kept
 from tunekit.core.outcomes import TrainResult
 from tunekit.core.run.checkpoint import checksums
 from tunekit.core.run.signals import asked_to_stop
@@ -28,6 +29,7 @@ from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedTokenizerBase
 
     from tunekit.core.run.run_log import RunLog
@@ -92,7 +94,7 @@ def fit(
                 padded=not summed_loss.padding_free,
                 loss=partial(_part, summed_loss, model, tokens),
                 backward=accelerator.backward,
-                clear=optimizer.zero_grad,
+                clear=partial(_clear, optimizer, model),
                 most=(lambda passes: max(processes.gather(passes))) if pieces else None,
             )
             # In pieces, an error cannot be told to the others: they are amidst a pass, and end with this process.
@@ -193,6 +195,12 @@ def _evaluates(sft: SFT, step: int, steps: int) -> bool:
     if not sft.evaluate_every:
         return False
     return step % sft.evaluate_every == 0 or (bool(sft.keep_best) and step == steps)
+
+
+def _clear(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Take all gradients away, and weights that are kept dequantized; whether there were any of these."""
+    optimizer.zero_grad()
+    return drop_kept(model)
 
 
 def _part(summed_loss: RowsLoss, model: nn.Module, tokens: int, rows: Sequence[Encoded]) -> Tensor:

@@ -73,7 +73,7 @@ def learn(
     padded: bool,
     loss: Callable[[list[Encoded]], Tensor],
     backward: Callable[[Tensor], None],
-    clear: Callable[[], None],
+    clear: Callable[[], bool | None],
     most: Callable[[int], int] | None = None,
 ) -> Share:
     """Make the gradient of `rows`, in as many forward passes as the limits ask for, or the memory.
@@ -89,7 +89,7 @@ def learn(
         padded: whether rows are padded.
         loss: of some rows, as a part of the step's.
         backward: adds the gradient of a loss.
-        clear: takes all gradients away.
+        clear: takes all gradients away; true if it gave back memory besides, so that as much may fit after all.
         most: for a model in pieces, the most forward passes that any process makes, from this one's number of them.
             All make as many: the last of one with fewer are of the step's shortest row, with no weight.
 
@@ -117,7 +117,7 @@ def learn(
                 raise
             said = f"{type(error).__name__}: {error}".splitlines()[0]
         # Outside of the handler: while the error lives, so does what the forward pass had made.
-        clear()
+        gave_back = clear()
         _free()
         set_random_states(random)
         lengths = batching.lengths([train[at] for at in group])
@@ -127,6 +127,9 @@ def learn(
                 f"step {step}: out of memory with {len(group)} rows, {size} tokens, in a forward pass ({said}); a "
                 "model in pieces cannot begin a step again: set a smaller micro_batch_size, or gradient_checkpointing"
             )
+        if gave_back:
+            notes.append(f"step {step}: out of memory; dequantized weights are not kept from here on ({said})")
+            continue
         if len(group) == 1:
             raise TrainingError(
                 f"step {step}: out of memory on encoded training row {group[0] + 1} alone, which has {size} tokens "
