@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+from unittest.mock import patch
 
 import attrs
 import numpy as np
@@ -13,6 +14,7 @@ import tunekit as tk
 from tunekit.core.data.batching import supervised_tokens
 from tunekit.core.training import head_loss, segments
 from tunekit.core.training.rows_loss import RowsLoss
+from tunekit.plugins.trainers import loop
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} " * (n % 4 + 1)} for n in range(9)]
@@ -155,10 +157,14 @@ class MeanOfMeans(RowsLoss):
 class AveragesMicroBatches(tk.SFT):
     """SFT whose loss depends on how rows are split."""
 
-    def _summed_loss(self, *arguments):
-        found = super()._summed_loss(*arguments)
-        names = ("model", "pad_id", "device", "padding_free", "chunked")
-        return MeanOfMeans(**{name: getattr(found, name) for name in names})
+    def fit(self, *arguments, **slots):
+        right = loop._summed_loss
+
+        def wrong(*facts):
+            return MeanOfMeans(**attrs.asdict(right(*facts), recurse=False, filter=lambda field, _: field.init))
+
+        with patch.object(loop, "_summed_loss", wrong):
+            return super().fit(*arguments, **slots)
 
 
 @pytest.mark.parametrize(

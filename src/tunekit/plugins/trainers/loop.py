@@ -171,9 +171,10 @@ def _summed_loss(
 ) -> RowsLoss:
     """The way to the loss; a resumed run goes the way it went before, to the last bit."""
     fill = pad_id(tokenizer)
+    lean = sft.lean and not sharded.in_pieces(model)  # which keep weights whole
     if run.resumed:
         way = run.resumed.state["trainer"]["loss"]
-        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": sft.lean}
+        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": lean}
         way = {name: value and allowed[name] for name, value in way.items()}
         return RowsLoss(model=model, pad_id=fill, device=context.device, **way)
     found = rows_loss.choose(
@@ -183,7 +184,7 @@ def _summed_loss(
         context.device,
         padding_free=sft.padding_free,
         chunked=sft.chunked_loss,
-        lean=sft.lean,
+        lean=lean,
     )
     for note in found.notes:
         run.note(note)
