@@ -78,6 +78,7 @@ ORDER = [
     "core.evaluation.answers",
     "core.evaluation.prompted",
     "core.evaluation.statistics",
+    "core.training.attention",
     "core.training.segments",
     "core.training.head_loss",
     "core.training.rows_loss",

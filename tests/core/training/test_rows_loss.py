@@ -16,8 +16,10 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
     MixtralConfig,
@@ -57,12 +59,15 @@ BOTH = {
     "qwen2": Qwen2Config(**WIDE),
     "qwen3": Qwen3Config(**WIDE, head_dim=8),
     "mistral": MistralConfig(**WIDE, sliding_window=64),
+    "mistral-looking-back": MistralConfig(**WIDE, sliding_window=8),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=4),
     "gemma": GemmaConfig(**WIDE, head_dim=8),
+    "gemma2": Gemma2Config(**WIDE, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0),
     "gemma3": Gemma3TextConfig(**WIDE, head_dim=8),
     "phi": PhiConfig(**WIDE),
     "phi3": Phi3Config(**WIDE),
     "gpt2": GPT2Config(**GPT2, **NO_DROPOUT),
+    "gpt2-eager": GPT2Config(**GPT2, **NO_DROPOUT, attn_implementation="eager"),
     "opt": OPTConfig(**SHAPE, **OPT),
     "neox": GPTNeoXConfig(**SHAPE, intermediate_size=64),
     "granite": GraniteConfig(**WIDE, logits_scaling=8.0),
@@ -70,7 +75,10 @@ BOTH = {
 }
 CHUNKED_ALONE = {
     "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY), "cannot be chosen"),
-    "mistral": (MistralConfig(**WIDE, sliding_window=8), "sliding window of 8"),
+    "gpt-oss": (
+        GptOssConfig(**WIDE, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "not plainly causal: s_aux",
+    ),
     "mamba": (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY), "and .* plainly"),
 }
 
@@ -146,10 +154,16 @@ def test_a_model_that_cannot_do_without_padding_is_padded_and_says_why(config, r
 
 
 def test_a_model_that_changes_its_logits_afterwards_gets_them_whole():
-    way = best(make(Gemma2Config(**WIDE, head_dim=8)))
-    assert (way.padding_free, way.chunked) == (False, False)
-    assert any("softcap" in note for note in way.notes)
-    assert any("in chunks" in note for note in way.notes)
+    class Cubed(LlamaForCausalLM):
+        def forward(self, *inputs, **options):
+            out = super().forward(*inputs, **options)
+            out.logits = out.logits**3
+            return out
+
+    torch.manual_seed(0)
+    way = best(Cubed(BOTH["llama"]))
+    assert (way.padding_free, way.chunked) == (True, False)
+    assert [bool(re.search("no logits in chunks: the loss is", note)) for note in way.notes] == [True]
 
 
 def test_each_way_can_be_switched_off():

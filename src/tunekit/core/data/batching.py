@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
 from tunekit.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Order = Literal["shuffled", "as-given"]
@@ -20,6 +21,14 @@ Order = Literal["shuffled", "as-given"]
 def supervised_tokens(row: Encoded) -> int:
     """Tokens of `row` that carry loss: labelled ones, but for the first token, which nothing predicts."""
     return sum(label != IGNORED for label in row["labels"][1:])
+
+
+def on_device(numbers: Sequence[Any], device: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of `numbers`, lists of lists for more dimensions; nobody waits until it has arrived on a GPU."""
+    import torch
+
+    made = torch.tensor(numbers, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else made.to(device)
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, device: str = "cpu") -> dict[str, Tensor]:
@@ -32,9 +41,9 @@ def collate(rows: Sequence[Encoded], pad_id: int, device: str = "cpu") -> dict[s
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, fill: int) -> Tensor:
-        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows], device=device)
+        return on_device([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows], device)
 
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
+    lengths = on_device([len(row["input_ids"]) for row in rows], device)
     mask = (torch.arange(longest, device=device)[None] < lengths[:, None]).long()
     return {
         "input_ids": padded("input_ids", pad_id),

@@ -31,6 +31,20 @@ def without_head(head: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
             del head.forward
 
 
+@contextmanager
+def without_softcap(config: Any, head: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, the model of `config` does not cap what it takes for logits; yields `head` with the cap upon it."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is None:
+        yield head
+        return
+    config.final_logit_softcapping = None
+    try:
+        yield lambda hidden: softcap * torch.tanh(head(hidden) / softcap)
+    finally:
+        config.final_logit_softcapping = softcap
+
+
 def head_loss(
     hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], weights: list[nn.Parameter], vocabulary: int
 ) -> Tensor:

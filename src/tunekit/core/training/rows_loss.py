@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.data.batching import collate
+from tunekit.core.data.batching import collate, on_device
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.interfaces import Encoded
@@ -70,15 +70,15 @@ class RowsLoss:
             inputs = collate(rows, self.pad_id, self.device)
             width = inputs.pop("labels").shape[1]
             at, targets = _supervised(rows, [number * width for number in range(len(rows))])
-        places, wanted = (torch.tensor(numbers, device=self.device) for numbers in (at, targets))
+        places, wanted = (on_device(numbers, self.device, torch.long) for numbers in (at, targets))
         if not self.chunked:
             logits = model(**inputs, use_cache=False).logits
             return cross_entropy(logits.flatten(0, 1)[places].float(), wanted, reduction="sum")
 
-        from tunekit.core.training.head_loss import head_loss, without_head
+        from tunekit.core.training.head_loss import head_loss, without_head, without_softcap
 
         head = self.model.get_output_embeddings()
-        with without_head(head) as real:
+        with without_head(head) as plain, without_softcap(self.model.config, plain) as real:
             hidden = model(**inputs, use_cache=False).logits
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)

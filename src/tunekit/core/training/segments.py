@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from tunekit.core.data.batching import on_device
 from tunekit.core.interfaces import Encoded
+from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention
 from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ ATTENTION = "tunekit_segments"
 
 
 def flatten(rows: Sequence[Encoded], device: str) -> dict[str, Any]:
-    """Model inputs of `rows` as one sequence: `input_ids` and `position_ids` of shape (1, tokens), `segment_lengths`.
+    """Model inputs of `rows` as one sequence: `input_ids` and `position_ids` of shape (1, tokens), and `attend`'s.
 
     The positions of each row begin at 0, as they do when it is alone.
     """
@@ -26,9 +29,10 @@ def flatten(rows: Sequence[Encoded], device: str) -> dict[str, Any]:
 
     lengths = [len(row["input_ids"]) for row in rows]
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]], device=device),
+        "input_ids": on_device([[token for row in rows for token in row["input_ids"]]], device),
         "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         "segment_lengths": lengths,
+        "segment_starts": on_device([0, *accumulate(lengths)], device, torch.int32),
     }
 
 
@@ -60,7 +64,9 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     segment_lengths: Sequence[int] | None = None,
+    segment_starts: Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -75,7 +81,9 @@ def attend(
         dropout: of attention weights.
         scaling: of the scores; None for 1 / sqrt(size).
         segment_lengths: tokens of each row.
-        sliding_window: tokens that a layer looks back; longer rows are refused.
+        segment_starts: shape (rows + 1,), int32: where each row begins, and where the last ends.
+        sliding_window: tokens that a token of this layer sees, itself included; None for all before it.
+        softcap: what tanh holds the scores of this layer below.
         is_causal: False in a layer that looks ahead, which is refused.
         options: whatever else a model asks of its attention; what would change the result is refused.
 
@@ -83,20 +91,20 @@ def attend(
         NotSupported: the layer attends in a way that this function does not know.
     """
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     if segment_lengths is None:
         raise NotSupported("the model does not hand on to its attention where rows begin")
-    if sliding_window is not None and max(segment_lengths) > sliding_window:
-        raise NotSupported(f"a row is longer than the sliding window of {sliding_window} tokens")
-    asked = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    asked = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if asked or is_causal is False or not getattr(module, "is_causal", True):
         raise NotSupported(f"its attention is not plainly causal: {', '.join(asked) or 'it looks ahead'}")
-    parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
-    found = [
-        scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    if segment_starts is not None and can_be_varlen(query, dropout, softcap):
+        found = varlen_attention(
+            query, key, value, segment_starts, max(segment_lengths), scaling=scaling, window=sliding_window
         )
-        for q, k, v in zip(*parts, strict=True)
+        return found.transpose(1, 2), None
+    parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
+    each = [
+        causal_attention(*part, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
+        for part in zip(*parts, strict=True)
     ]
-    return torch.cat(found, dim=2).transpose(1, 2), None
+    return torch.cat(each, dim=2).transpose(1, 2), None
