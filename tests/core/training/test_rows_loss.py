@@ -166,6 +166,13 @@ def test_a_model_that_changes_its_logits_afterwards_gets_them_whole():
     assert [bool(re.search("no logits in chunks: the loss is", note)) for note in way.notes] == [True]
 
 
+def test_where_both_ways_are_right_they_are_tried_in_one_forward_pass():
+    model, passes = make(BOTH["llama"]), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    best(model)
+    assert len(passes) == 2  # the plain one, and the two ways together
+
+
 def test_each_way_can_be_switched_off():
     model = make(BOTH["llama"])
     for wanted in ({"padding_free": False}, {"chunked": False}, {"padding_free": False, "chunked": False}):

@@ -93,7 +93,9 @@ def environment(
 ) -> dict[str, Any]:
     """What the run was made with: versions, plugins, device and seed; no variables, no paths, no secrets."""
     made_by = [registry.provenance(type(component)) for component in components]
-    packages = {found.name: found.version for found in importlib.metadata.distributions() if found.name}
+    # Read once each: it is parsed at every look.
+    read = [found.metadata for found in importlib.metadata.distributions()]
+    packages = {found["Name"]: found["Version"] for found in read if found and "Name" in found}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -126,6 +126,10 @@ def choose(
     chosen = RowsLoss(model=model, pad_id=pad_id, device=device)
     with evaluating(model):
         plain = float(chosen(model, rows))
+        # Together first: where nothing is wrong, as mostly, that is one forward pass and not two.
+        both = attrs.evolve(chosen, padding_free=padding_free, chunked=chunked)
+        if padding_free and chunked and not _fault(both, rows, plain):
+            return both
         if chunked:
             chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
         if padding_free:
