@@ -11,7 +11,7 @@ import tunekit as tk
 from tunekit.core.comparison.arms import name_of
 from tunekit.core.comparison.budget import tokens_of_steps
 from tunekit.core.data import dataset
-from tunekit.core.data.batching import rows_of_step
+from tunekit.core.data.batching import RowOrder
 from tunekit.core.data.codec import Codec
 from tunekit.core.model.base import Base
 from tunekit.core.registry import default_registry
@@ -115,7 +115,7 @@ def test_all_methods_see_the_same_rows_in_the_same_order_and_seeds_see_others(co
     assert tokens["ia3", 0] != tokens["ia3", 1]
 
 
-@pytest.mark.parametrize("order", ["shuffled", "as-given"])
+@pytest.mark.parametrize("order", ["shuffled", "by-length", "as-given"])
 @pytest.mark.parametrize("budget", [1, 150, 700, 2000])
 def test_a_budget_of_tokens_is_the_first_step_that_reaches_it(tiny_directory, budget, order):
     trainer = tk.SFT(batch_size=4, order=order)
@@ -123,7 +123,8 @@ def test_a_budget_of_tokens_is_the_first_step_that_reaches_it(tiny_directory, bu
     train = dataset.load(tk.InMemory(rows=ROWS), 0.25, trainer, codec, None, 1).train
 
     def seen(steps):
-        rows = [row for step in range(1, steps + 1) for row in rows_of_step(step, len(train), 4, 1, order)]
+        chosen = RowOrder(lengths=train.lengths, batch_size=4, seed=1, order=order)
+        rows = [row for step in range(1, steps + 1) for row in chosen.of_step(step)]
         return sum(len(train[row]["input_ids"]) for row in rows)
 
     steps = tk.Tokens(budget).steps(trainer, train.lengths, 1)

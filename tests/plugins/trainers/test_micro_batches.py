@@ -1,13 +1,15 @@
 """Where memory runs out, a step begins again with half as much at once, and is the same step."""
 
+from itertools import pairwise
+
 import attrs
 import pytest
 import torch
-from test_sft import encoded, fit, largest_difference
+from test_sft import CONTEXT, encoded, fit, largest_difference
 
 from tunekit import SFT, TrainingError
 from tunekit.core.run.checkpoint import newest
-from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, learn, smallest
+from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, learn, read, smallest
 from tunekit.testing import tiny_model
 
 ROWS = 7
@@ -151,7 +153,14 @@ def test_with_a_model_in_pieces_a_process_with_fewer_rows_makes_as_many_passes_w
         asked.append(count)
         return 3
 
-    options = {"padded": True, "loss": loss, "backward": lambda part: part.backward(), "clear": list, "most": most}
+    options = {
+        "padded": True,
+        "sent": True,
+        "loss": loss,
+        "backward": lambda part: part.backward(),
+        "clear": list,
+        "most": most,
+    }
     share = learn(1, [2], train, Limits(rows=1), **options)
     assert asked == [1]
     assert passes == [len(train[2]["input_ids"]), shortest, shortest]
@@ -169,7 +178,58 @@ def test_with_a_model_in_pieces_the_step_is_not_begun_again():
         passes.append(rows)
         raise KINDS[0]
 
-    options = {"padded": True, "loss": loss, "backward": list, "clear": list, "most": lambda count: count}
+    options = {"padded": True, "sent": True, "loss": loss, "backward": list, "clear": list, "most": lambda count: count}
     with pytest.raises(TrainingError, match=r"pieces.*micro_batch_size"):
         learn(1, [0, 1], dict(enumerate(encoded(2))), Limits(rows=2), **options)
     assert len(passes) == 1
+
+
+# Waiting for a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_no_loss_is_read_before_all_forward_passes_are_under_way():
+    """A tensor on the meta device cannot be read at all."""
+    rows = dict(enumerate(encoded(3)))
+    share = learn(
+        1,
+        list(rows),
+        rows,
+        Limits(rows=1),
+        padded=False,
+        sent=False,
+        loss=lambda given: torch.zeros((), device="meta"),
+        backward=lambda loss: None,
+        clear=lambda: None,
+    )
+    assert len(share.losses) == 3
+
+
+def test_all_losses_and_the_norm_are_read_at_once(monkeypatch):
+    reads = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
+    losses = [(torch.tensor(0.1), [0, 2]), (torch.tensor(float("nan")), [1]), (0.25, [3])]
+    found, norm = read(losses, torch.tensor(3.0, dtype=torch.bfloat16))
+    assert reads == [(3,)]
+    assert found[0] == (torch.tensor(0.1).item(), [0, 2])
+    assert found[1][1:] == ([1],)
+    assert found[1][0] != found[1][0]
+    assert (found[2], norm) == ((0.25, [3]), 3.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_step_waits_once_for_a_gpu(padding_free, tmp_path, recwarn):
+    trainer = SFT(max_steps=6, micro_batch_size=2, batch_size=4, padding_free=padding_free, log_every=6)
+    counts = []
+
+    def after_step(model, step):
+        counts.append(len([each for each in recwarn if "synchronizing" in str(each.message)]))
+        torch.cuda.set_sync_debug_mode("warn")
+
+    try:
+        context = attrs.evolve(CONTEXT, device="cuda")
+        fit(trainer, tmp_path / "run", model=tiny_model().cuda(), after_step=after_step, context=context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [more - before for before, more in pairwise(counts[1:])] == [1] * 4

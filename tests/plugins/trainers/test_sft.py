@@ -101,6 +101,21 @@ def test_the_step_is_that_of_the_mean_over_all_supervised_tokens(tmp_path):
     assert largest_difference(trained, tiny_model()) > 1e-3
 
 
+@pytest.mark.parametrize("packing", [1, 40, 10_000])
+def test_how_tightly_rows_are_packed_never_changes_a_step(tmp_path, packing):
+    common = {"epochs": 2, "batch_size": 5, "learning_rate": 0.05, "optimizer": "sgd", "order": "by-length"}
+    alone, _, expected = fit(SFT(**common, micro_batch_size=1), tmp_path / "alone")
+    packed, _, lines = fit(SFT(**common, packing=packing), tmp_path / "packed")
+    assert largest_difference(alone, packed) < 1e-6
+    assert largest_difference(alone, tiny_model()) > 1e-3
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+
+
+def test_packing_takes_the_place_of_micro_batch_size():
+    with pytest.raises(ConfigError, match="takes the place of micro_batch_size"):
+        SFT(packing=4096, micro_batch_size=2).check(CONTEXT)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5])
 def test_how_a_step_is_split_into_forward_passes_never_changes_it(tmp_path, micro_batch_size):
     common = {"epochs": 2, "batch_size": 5, "learning_rate": 0.05, "optimizer": "sgd"}
@@ -227,8 +242,9 @@ def test_a_skipped_step_moves_nothing_is_counted_and_leaves_the_schedule_alone(t
     twin = tiny_model()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0)
     rows = encoded(7)
+    shuffled = batching.RowOrder(lengths=batching.lengths(rows), batch_size=3, seed=CONTEXT.seed, order="shuffled")
     for step in sorted(seen):
-        chosen = [rows[at] for at in batching.rows_of_step(step, 7, 3, CONTEXT.seed, "shuffled")]
+        chosen = [rows[at] for at in shuffled.of_step(step)]
         tokens = sum(map(batching.supervised_tokens, chosen))
         for row in sorted(chosen, key=lambda row: -len(row["input_ids"])):
             ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))

@@ -75,18 +75,16 @@ class TokensOfSteps:
     seed: int
 
     def __iter__(self) -> Iterator[int]:
-        # By epochs, not by `rows_of_step`, which makes the order of the whole epoch anew for every step.
-        for epoch in count():
-            rows = batching.epoch_order(len(self.lengths), epoch, self.seed, self.order)
-            for at in range(0, len(rows), self.size):
-                yield sum(self.lengths[row] for row in rows[at : at + self.size])
+        chosen = batching.RowOrder(lengths=self.lengths, batch_size=self.size, seed=self.seed, order=self.order)
+        for step in count(1):
+            yield sum(self.lengths[row] for row in chosen.of_step(step))
 
 
 def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> TokensOfSteps | None:
     """Tokens of the rows of each step, without end; None for a trainer without the fields `batch_size` and `order`.
 
     Args:
-        trainer: its steps take rows as `batching.rows_of_step` says.
+        trainer: its steps take rows as `batching.RowOrder` says.
         lengths: tokens of each training row.
         seed: of the run.
     """

@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
+
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
 from tunekit.errors import DataError
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Order = Literal["shuffled", "as-given"]
+Order = Literal["shuffled", "by-length", "as-given"]
 
 
 def supervised_tokens(row: Encoded) -> int:
@@ -57,43 +59,89 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return math.ceil(rows / batch_size)
 
 
-def rows_of_step(step: int, rows: int, batch_size: int, seed: int, order: Order) -> list[int]:
-    """Indices of the rows that optimizer step `step` (from 1) learns from.
+@attrs.define(kw_only=True)
+class RowOrder:
+    """Which rows each optimizer step learns from.
 
-    A pure function of its arguments: a resumed run needs no state to go on with the same rows. Each epoch has its own
+    A pure function of its fields: a resumed run needs no state to go on with the same rows. Each epoch has its own
     order; its last step takes what is left.
+
+    Args:
+        lengths: tokens of each training row.
+        batch_size: rows of a step.
+        seed: of the run.
+        order: rows "shuffled", "as-given", or "by-length": rows of like length share a step, every row is seen once an
+            epoch all the same, and the steps come in shuffled order.
     """
-    epoch, place = divmod(step - 1, steps_per_epoch(rows, batch_size))
-    indices = epoch_order(rows, epoch, seed, order)
-    return indices[place * batch_size : (place + 1) * batch_size]
 
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    order: Order
+    _made: tuple[int, list[int]] = attrs.field(default=(-1, []), init=False)
 
-def epoch_order(rows: int, epoch: int, seed: int, order: Order) -> list[int]:
-    """The order of one epoch (from 0): shuffled by the seed and the epoch's number, or as given."""
-    indices = list(range(rows))
-    if order == "shuffled":
-        random.Random(f"tunekit order {seed} {epoch}").shuffle(indices)
-    return indices
+    def epoch(self, epoch: int) -> list[int]:
+        """Indices of all rows in the order of an epoch (from 0)."""
+        if self._made[0] != epoch:  # kept: a step needs a few rows, and the order of an epoch is that of all
+            self._made = (epoch, self._make(epoch))
+        return self._made[1]
+
+    def of_step(self, step: int) -> list[int]:
+        """Indices of the rows of optimizer step `step` (from 1)."""
+        epoch, place = divmod(step - 1, steps_per_epoch(len(self.lengths), self.batch_size))
+        return self.epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _make(self, epoch: int) -> list[int]:
+        indices = list(range(len(self.lengths)))
+        if self.order == "as-given":
+            return indices
+        drawn = random.Random(f"tunekit order {self.seed} {epoch}")
+        drawn.shuffle(indices)
+        if self.order == "shuffled":
+            return indices
+        # What makes no whole step is drawn from all lengths: the end of the sorted rows would be the longest each time.
+        whole = len(indices) // self.batch_size * self.batch_size
+        alike = sorted(indices[:whole], key=lambda at: self.lengths[at])
+        steps = [alike[at : at + self.batch_size] for at in range(0, whole, self.batch_size)]
+        drawn.shuffle(steps)
+        return [*(at for step in steps for at in step), *indices[whole:]]
 
 
 def chunks(lengths: Sequence[int], tokens: int, most: int | None = None, padded: bool = True) -> Iterator[list[int]]:
     """Indices, longest first, in groups of at most `most`, and of at most `tokens` tokens, counted as they are padded.
 
     Every group has one index at least. Rows of like length go together, so little is padded; neither a step's gradient
-    nor a metric depends on the grouping. Without padding every row counts as long as it is.
+    nor a metric depends on the grouping. Without padding every row counts as long as it is, and goes where the least
+    room is left that it fits into (best-fit decreasing; Johnson, 1973): few groups, and full ones.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda at: lengths[at], reverse=True)
+    if not padded:
+        yield from _best_fit(longest_first, lengths, tokens, most)
+        return
     group: list[int] = []
-    held = 0
-    for index in sorted(range(len(lengths)), key=lambda at: lengths[at], reverse=True):
-        size = lengths[group[0] if padded and group else index]
-        if group and (len(group) == most or held + size > tokens):
+    for index in longest_first:
+        if group and (len(group) == most or (len(group) + 1) * lengths[group[0]] > tokens):
             yield group
-            group, held = [], 0
-            size = lengths[index]
+            group = []
         group.append(index)
-        held += size
     if group:
         yield group
+
+
+def _best_fit(longest_first: list[int], lengths: Sequence[int], tokens: int, most: int | None) -> list[list[int]]:
+    """Each index in the group with the least room that it fits into, or in a new one."""
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in longest_first:
+        fits = [at for at, left in enumerate(room) if lengths[index] <= left and len(groups[at]) != most]
+        if not fits:
+            fits = [len(groups)]
+            groups.append([])
+            room.append(tokens)
+        best = min(fits, key=room.__getitem__)
+        groups[best].append(index)
+        room[best] -= lengths[index]
+    return groups
 
 
 def windows(encoded: Encoded, size: int, begin: int | None) -> list[Encoded]:

@@ -23,7 +23,7 @@ from tunekit.core.training import rows_loss, sharded
 from tunekit.core.training.parallel import started
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
-from tunekit.plugins.trainers import optimization
+from tunekit.plugins.trainers import micro_batches, optimization
 from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
@@ -61,11 +61,13 @@ def fit(
     share = optimization.schedule(sft.schedule, sft.warmup, steps)
     optimizer = optimization.make(sft.optimizer, model, peak, sft.weight_decay)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    so_far = SoFar(limits=Limits.of(sft.micro_batch_size))
+    lengths = batching.lengths(train)
+    order = batching.RowOrder(lengths=lengths, batch_size=sft.batch_size, seed=context.seed, order=sft.order)
+    so_far = SoFar(limits=Limits.of(sft.micro_batch_size, sft.packing))
     if run.resumed:
         so_far = SoFar(**run.resumed.state["trainer"]["so_far"])
         if not so_far.limits.halved:
-            so_far.limits = Limits.of(sft.micro_batch_size)  # a forced resume may have another
+            so_far.limits = Limits.of(sft.micro_batch_size, sft.packing)  # a forced resume may have another
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
@@ -82,7 +84,7 @@ def fit(
         recomputing = activations_computed_again(accelerator.unwrap_model(model))
     with summed_loss.training(), recomputing, asked_to_stop() as asked:
         for step in range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1):
-            rows = batching.rows_of_step(step, len(train), sft.batch_size, context.seed, sft.order)
+            rows = order.of_step(step)
             read = {at: train[at] for at in rows}  # once: rows are in files
             tokens = sum(map(batching.supervised_tokens, read.values()))
             attempt = partial(
@@ -92,6 +94,7 @@ def fit(
                 read,
                 so_far.limits,
                 padded=not summed_loss.padding_free,
+                sent=processes.count > 1,
                 loss=partial(_part, summed_loss, model, tokens),
                 backward=accelerator.backward,
                 clear=partial(_clear, optimizer, model),
@@ -99,7 +102,6 @@ def fit(
             )
             # In pieces, an error cannot be told to the others: they are amidst a pass, and end with this process.
             shares: list[Share] = processes.gather(attempt()) if pieces else processes.together(attempt)
-            losses = [one for share in shares for one in share.losses]
             so_far.limits = smallest([share.limits for share in shares])
             for note in [note for share in shares for note in share.notes]:
                 run.note(note)
@@ -108,7 +110,8 @@ def fit(
             if extra is not None:
                 accelerator.backward(extra)
             processes.add_gradients(trained)
-            norm = float(accelerator.clip_grad_norm_(trained, sft.max_grad_norm))
+            length = accelerator.clip_grad_norm_(trained, sft.max_grad_norm)
+            losses, norm = micro_batches.read([one for share in shares for one in share.losses], length)
             loss = sum(part for part, _ in losses)
             rate = peak * share(step - 1)
             for group in optimizer.param_groups:

@@ -36,8 +36,10 @@ class Limits:
     halved: int = 0
 
     @classmethod
-    def of(cls, micro_batch_size: int | Literal["auto"]) -> Limits:
-        """Those that the user's field asks for."""
+    def of(cls, micro_batch_size: int | Literal["auto"], packing: int | None = None) -> Limits:
+        """Those that the user's fields ask for."""
+        if packing:
+            return cls(tokens=packing)
         return cls(tokens=AUTO_TOKENS) if micro_batch_size == "auto" else cls(rows=int(micro_batch_size))
 
     def halve(self, rows: int, tokens: int) -> None:
@@ -54,12 +56,12 @@ class Share:
     """What came of the rows that one process has of a step.
 
     Args:
-        losses: of each forward pass, with the places of its rows; a part of the step's loss.
+        losses: of each forward pass, with the places of its rows; a part of the step's loss, still where it was made.
         limits: as they are now.
         notes: what was changed in order to get here, in words.
     """
 
-    losses: list[tuple[float, list[int]]]
+    losses: list[tuple[Tensor | float, list[int]]]
     limits: Limits
     notes: list[str]
 
@@ -71,6 +73,7 @@ def learn(
     limits: Limits,
     *,
     padded: bool,
+    sent: bool,
     loss: Callable[[list[Encoded]], Tensor],
     backward: Callable[[Tensor], None],
     clear: Callable[[], bool | None],
@@ -87,6 +90,7 @@ def learn(
         train: rows by place, at least these.
         limits: what may go through the model at once; made smaller as need be.
         padded: whether rows are padded.
+        sent: whether other processes are told of the losses, which are then read as numbers.
         loss: of some rows, as a part of the step's.
         backward: adds the gradient of a loss.
         clear: takes all gradients away; true if it gave back memory besides, so that as much may fit after all.
@@ -99,7 +103,7 @@ def learn(
     random = random_states()
     notes: list[str] = []
     while True:
-        losses: list[tuple[float, list[int]]] = []
+        losses: list[tuple[Tensor | float, list[int]]] = []
         group: list[int] = []
         try:
             groups = _groups(rows, train, limits, padded)
@@ -107,7 +111,7 @@ def learn(
             for group in groups:
                 part = loss([train[at] for at in group])
                 backward(part)
-                losses.append((part.item(), group))
+                losses.append((part.item() if sent else part.detach(), group))
             for _ in range(idle):
                 group = [min(train, key=lambda at: len(train[at]["input_ids"]))]
                 backward(0 * loss([train[at] for at in group]))
@@ -141,6 +145,18 @@ def learn(
             f"step {step}: out of memory with {len(group)} rows, {size} tokens, in a forward pass; from here on at "
             f"most {at_most}, the step's rows and loss as they were ({said})"
         )
+
+
+def read(
+    losses: Sequence[tuple[Tensor | float, list[int]]], norm: Tensor
+) -> tuple[list[tuple[float, list[int]]], float]:
+    """The losses of a step and the norm of its gradient as numbers: the one time in a step that a GPU is waited for."""
+    import torch
+
+    there = [loss for loss, _ in losses if isinstance(loss, torch.Tensor)]
+    *found, length = torch.stack([tensor.detach().double() for tensor in (*there, norm)]).tolist()
+    numbers = iter(found)
+    return [(loss if isinstance(loss, float) else next(numbers), rows) for loss, rows in losses], length
 
 
 def smallest(limits: Sequence[Limits]) -> Limits:

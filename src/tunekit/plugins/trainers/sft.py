@@ -46,6 +46,8 @@ class SFT(Trainer):
         max_grad_norm: longer gradients are scaled down to this length; `float("inf")` for never.
         batch_size: rows an optimizer step learns from, over all processes.
         micro_batch_size: rows in one forward pass, at most, or "auto"; a matter of memory and speed alone.
+        packing: tokens that the rows of a step are packed into for one forward pass, in the place of micro_batch_size:
+            best-fit decreasing; a step has its batch_size rows all the same, and its loss. None for no such budget.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
@@ -61,7 +63,8 @@ class SFT(Trainer):
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
         on_long: "error", "drop" or "truncate" rows that are longer than max_length, or "split" them into windows, which
             works for plain texts; counted in plan and result.
-        order: rows "shuffled" anew each epoch by the seed, or "as-given".
+        order: rows "shuffled" anew each epoch by the seed; "as-given"; or "by-length": rows of like length share a
+            step and the steps are shuffled, which pads less, but makes other batches than chance would.
         save_every: steps between checkpoints; None saves at the end of each epoch.
         save_minutes: a checkpoint is also written when the last one is so many minutes old.
         keep: how many checkpoints stay, the newest.
@@ -92,6 +95,7 @@ class SFT(Trainer):
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     batch_size: int = attrs.field(default=16, validator=at_least(1))
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
+    packing: int | None = attrs.field(default=None, validator=at_least(1))
     padding_free: bool = True
     chunked_loss: bool = True
     parallel: Literal["replicated", "sharded"] = "replicated"
@@ -125,6 +129,8 @@ class SFT(Trainer):
         package = optimization.OPTIMIZERS[self.optimizer].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{self.optimizer!r} needs {package}: pip install {package}", "SFT.optimizer")
+        if self.packing and self.micro_batch_size != "auto":
+            raise ConfigError("takes the place of micro_batch_size; leave one of them out", "SFT.packing")
         named = {"keep_best": [self.keep_best] if self.keep_best else [], "stop_beyond": self.stop_beyond or ()}
         for field, metrics in named.items():
             for name in metrics:
