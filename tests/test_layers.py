@@ -79,6 +79,7 @@ ORDER = [
     "core.evaluation.prompted",
     "core.evaluation.statistics",
     "core.training.attention",
+    "core.training.compiled",
     "core.training.segments",
     "core.training.head_loss",
     "core.training.rows_loss",

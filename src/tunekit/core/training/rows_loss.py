@@ -16,10 +16,11 @@ import attrs
 
 from tunekit.core.data.batching import collate, on_device
 from tunekit.core.data.codec import IGNORED
-from tunekit.core.evaluation.predicting import evaluating
+from tunekit.core.evaluation.predicting import evaluating, trying
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
+from tunekit.core.training import compiled
 from tunekit.core.training.segments import ATTENTION, attending, flatten
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RowsLoss:
         padding_free: rows are laid end to end; within `training()` only.
         chunked: logits are made where there is a label, a chunk at a time.
         lean: layers of PEFT's have lean forwards; within `training()` only.
+        compiled: the layers of the model are compiled; within `training()` only.
         notes: why a quicker way was not taken.
     """
 
@@ -49,6 +51,7 @@ class RowsLoss:
     padding_free: bool = False
     chunked: bool = False
     lean: bool = False
+    compiled: bool = False
     notes: Sequence[str] = ()
     _usual: str = attrs.field(init=False)
 
@@ -87,8 +90,9 @@ class RowsLoss:
     def training(self) -> Iterator[None]:
         """Within it, the model computes as this way to the loss needs."""
         with (
-            attending(self.model, ATTENTION) if self.padding_free else nullcontext(),
+            attending(self.model, ATTENTION, self.compiled) if self.padding_free else nullcontext(),
             lean_forwards(self.model) if self.lean else nullcontext(),
+            compiled.compiled(self.model) if self.compiled else nullcontext(),
         ):
             yield
 
@@ -96,8 +100,9 @@ class RowsLoss:
     def paused(self) -> Iterator[None]:
         """Within it, inside of `training()`, the model computes as it does otherwise: to evaluate it."""
         with (
-            attending(self.model, self._usual) if self.padding_free else nullcontext(),
+            attending(self.model, self._usual, self.compiled) if self.padding_free else nullcontext(),
             usual_forwards(self.model) if self.lean else nullcontext(),
+            compiled.plain(self.model) if self.compiled else nullcontext(),
         ):
             yield
 
@@ -111,6 +116,7 @@ def choose(
     padding_free: bool,
     chunked: bool,
     lean: bool = False,
+    compiling: bool = False,
 ) -> RowsLoss:
     """The quickest way that is right for `model`: each is tried against the plain one.
 
@@ -122,19 +128,29 @@ def choose(
         padding_free: whether rows may be laid end to end.
         chunked: whether logits may be made a chunk at a time.
         lean: whether layers of PEFT's may have lean forwards.
+        compiling: whether the layers may be compiled.
     """
+    import torch
+
     chosen = RowsLoss(model=model, pad_id=pad_id, device=device)
     with evaluating(model):
         plain = float(chosen(model, rows))
         # Together first: where nothing is wrong, as mostly, that is one forward pass and not two.
         both = attrs.evolve(chosen, padding_free=padding_free, chunked=chunked)
         if padding_free and chunked and not _fault(both, rows, plain):
-            return both
-        if chunked:
+            chosen = both
+        if chunked and not chosen.chunked:
             chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
-        if padding_free:
+        if padding_free and not chosen.padding_free:
             chosen = _tried(attrs.evolve(chosen, padding_free=True), chosen, "rows without padding", rows, plain)
-    if lean and can_be_lean(model):
+    if compiling:
+        way = attrs.evolve(chosen, compiled=True)
+        # As in training, with gradients: what is compiled for an evaluation would have to be compiled again.
+        with evaluating(model), trying(model), torch.enable_grad():
+            model.train()
+            chosen = _tried(way, chosen, "compiled layers", rows, plain)
+    # Not both: the compiler takes out what PEFT's forwards waste, and would compile each lean forward by itself.
+    if lean and not chosen.compiled and can_be_lean(model):
         with chosen.training():
             reason = fault(model, partial(chosen, model, rows[:1]))
         note = [f"no lean forwards: {reason}"] if reason else []
@@ -151,9 +167,15 @@ def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], p
 
 def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None:
     """Why this way is not right for its model; None if it is."""
+    import torch
+
     try:
         with tried.training():
-            found = float(tried(tried.model, rows))
+            loss = tried(tried.model, rows)
+            if loss.requires_grad:  # nothing is done with the gradient; that it can be made is a part of the trial
+                wanted = [parameter for parameter in tried.model.parameters() if parameter.requires_grad]
+                torch.autograd.grad(loss, wanted, allow_unused=True)
+            found = float(loss.detach())
     except Exception as error:  # whatever a model of somebody else's raises, there is the plain way
         return f"{type(error).__name__}: {error}"
     dtype = str(next(tried.model.parameters()).dtype).removeprefix("torch.")

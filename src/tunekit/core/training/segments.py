@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from tunekit.core.data.batching import on_device
 from tunekit.core.interfaces import Encoded
 from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention
@@ -20,8 +22,21 @@ ATTENTION = "tunekit_segments"
 """The name under which transformers knows `attend`."""
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Segments:
+    """Where rows begin and end in a sequence; an object of its own, into which torch.compile does not look.
+
+    Args:
+        lengths: tokens of each row.
+        starts: shape (rows + 1,), int32, on the device: where each row begins, and where the last ends.
+    """
+
+    lengths: Sequence[int]
+    starts: Tensor
+
+
 def flatten(rows: Sequence[Encoded], device: str) -> dict[str, Any]:
-    """Model inputs of `rows` as one sequence: `input_ids` and `position_ids` of shape (1, tokens), and `attend`'s.
+    """Model inputs of `rows` as one sequence: `input_ids` and `position_ids` of shape (1, tokens), and `segments`.
 
     The positions of each row begin at 0, as they do when it is alone.
     """
@@ -31,22 +46,24 @@ def flatten(rows: Sequence[Encoded], device: str) -> dict[str, Any]:
     return {
         "input_ids": on_device([[token for row in rows for token in row["input_ids"]]], device),
         "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        "segment_lengths": lengths,
-        "segment_starts": on_device([0, *accumulate(lengths)], device, torch.int32),
+        "segments": Segments(lengths=lengths, starts=on_device([0, *accumulate(lengths)], device, torch.int32)),
     }
 
 
 @contextmanager
-def attending(model: PreTrainedModel, how: str) -> Iterator[None]:
+def attending(model: PreTrainedModel, how: str, compiled: bool = False) -> Iterator[None]:
     """Within it, `model` attends by the implementation of this name; afterwards as before.
+
+    Where its layers are `compiled`, `attend` is not: its rows are never the same, and every batch would be compiled.
 
     Raises NotSupported for a model whose attention cannot be chosen.
     """
+    import torch
     from transformers import AttentionInterface
 
     if not model._can_set_attn_implementation():
         raise NotSupported(f"the attention of {type(model).__name__} cannot be chosen")
-    AttentionInterface.register(ATTENTION, attend)
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(attend) if compiled else attend)
     before = model.config._attn_implementation
     model.set_attn_implementation(how)
     try:
@@ -63,8 +80,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: Sequence[int] | None = None,
-    segment_starts: Tensor | None = None,
+    segments: Segments | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
@@ -80,8 +96,7 @@ def attend(
         attention_mask: not looked at; the segments say everything.
         dropout: of attention weights.
         scaling: of the scores; None for 1 / sqrt(size).
-        segment_lengths: tokens of each row.
-        segment_starts: shape (rows + 1,), int32: where each row begins, and where the last ends.
+        segments: where rows begin and end.
         sliding_window: tokens that a token of this layer sees, itself included; None for all before it.
         softcap: what tanh holds the scores of this layer below.
         is_causal: False in a layer that looks ahead, which is refused.
@@ -92,17 +107,16 @@ def attend(
     """
     import torch
 
-    if segment_lengths is None:
+    if segments is None:
         raise NotSupported("the model does not hand on to its attention where rows begin")
     asked = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if asked or is_causal is False or not getattr(module, "is_causal", True):
         raise NotSupported(f"its attention is not plainly causal: {', '.join(asked) or 'it looks ahead'}")
-    if segment_starts is not None and can_be_varlen(query, dropout, softcap):
-        found = varlen_attention(
-            query, key, value, segment_starts, max(segment_lengths), scaling=scaling, window=sliding_window
-        )
+    if can_be_varlen(query, dropout, softcap):
+        longest = max(segments.lengths)
+        found = varlen_attention(query, key, value, segments.starts, longest, scaling=scaling, window=sliding_window)
         return found.transpose(1, 2), None
-    parts = [tensor.split(list(segment_lengths), dim=2) for tensor in (query, key, value)]
+    parts = [tensor.split(list(segments.lengths), dim=2) for tensor in (query, key, value)]
     each = [
         causal_attention(*part, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
         for part in zip(*parts, strict=True)

@@ -20,6 +20,7 @@ from tunekit.core.outcomes import TrainResult
 from tunekit.core.run.checkpoint import checksums
 from tunekit.core.run.signals import asked_to_stop
 from tunekit.core.training import rows_loss, sharded
+from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.parallel import started
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
@@ -146,7 +147,7 @@ def fit(
             stop, due = next((by for by, _ in asks if by), None), asks[0][1]
             last = step in (steps, so_far.stopped_at)
             if ((due or is_best) and not last) or stop:
-                way = {name: getattr(summed_loss, name) for name in ("padding_free", "chunked", "lean")}
+                way = {name: getattr(summed_loss, name) for name in ("padding_free", "chunked", "lean", "compiled")}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
                 run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step, background=beside)
@@ -174,11 +175,12 @@ def _summed_loss(
 ) -> RowsLoss:
     """The way to the loss; a resumed run goes the way it went before, to the last bit."""
     fill = pad_id(tokenizer)
-    lean = sft.lean and not sharded.in_pieces(model)  # which keep weights whole
+    whole = not sharded.in_pieces(model)  # lean forwards keep weights, and compiled layers would be tried on pieces
+    lean, compiling = sft.lean and whole, worthwhile(sft.compile, sft.planned_steps(len(train))) and whole
     if run.resumed:
         way = run.resumed.state["trainer"]["loss"]
-        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": lean}
-        way = {name: value and allowed[name] for name, value in way.items()}
+        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": lean, "compiled": compiling}
+        way = {name: bool(value and allowed[name]) for name, value in way.items()}
         return RowsLoss(model=model, pad_id=fill, device=context.device, **way)
     found = rows_loss.choose(
         model,
@@ -188,6 +190,7 @@ def _summed_loss(
         padding_free=sft.padding_free,
         chunked=sft.chunked_loss,
         lean=lean,
+        compiling=compiling,
     )
     for note in found.notes:
         run.note(note)

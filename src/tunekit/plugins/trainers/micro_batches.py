@@ -154,6 +154,8 @@ def read(
     import torch
 
     there = [loss for loss, _ in losses if isinstance(loss, torch.Tensor)]
+    if not there:  # several processes have told each other the losses
+        return [(loss, rows) for loss, rows in losses if isinstance(loss, float)], float(norm)
     *found, length = torch.stack([tensor.detach().double() for tensor in (*there, norm)]).tolist()
     numbers = iter(found)
     return [(loss if isinstance(loss, float) else next(numbers), rows) for loss, rows in losses], length

@@ -57,6 +57,9 @@ class SFT(Trainer):
         lean: layers adapted by LoRA, AdaLoRA, IA3, LoHa and LoKr compute while training what PEFT's do, with less work,
             and weights in 4 or 8 bits are kept dequantized while half of the free memory lasts, where the model's loss
             and gradient stay the same so; tried as well. Files and evaluations are as without.
+        compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
+            where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
+            padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
         gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
             for a third more time, and the same gradient.
         max_length: longest row in tokens; None means the model's context length.
@@ -100,6 +103,7 @@ class SFT(Trainer):
     chunked_loss: bool = True
     parallel: Literal["replicated", "sharded"] = "replicated"
     lean: bool = True
+    compile: bool | Literal["auto"] = False
     gradient_checkpointing: bool = False
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
