@@ -218,6 +218,7 @@ def test_all_losses_and_the_norm_are_read_at_once(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("always:called a synchronizing")
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_a_step_waits_once_for_a_gpu(padding_free, tmp_path, recwarn):
     trainer = SFT(max_steps=6, micro_batch_size=2, batch_size=4, padding_free=padding_free, log_every=6)
