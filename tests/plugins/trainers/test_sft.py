@@ -373,7 +373,8 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     trainer = SFT(max_steps=4, batch_size=3, save_every=2, padding_free=free, compile=not free)
     fit(trainer, tmp_path / "whole")
     found = newest(tmp_path / "whole" / "checkpoints")
-    assert found.state["trainer"]["loss"] == {"padding_free": free, "chunked": True, "compiled": not free}
+    way = {"padding_free": free, "chunked": True, "lean": False, "compiled": not free}  # no layer of PEFT's is in it
+    assert found.state["trainer"]["loss"] == way
     monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
     taken = []
     true = RowsLoss.__call__
