@@ -1,16 +1,20 @@
 # make demo   install, then fine-tune the embedded model on the embedded data (examples/quickstart.py)
 # make docs   build the documentation as a site, build/site/index.html, and fail on a broken link
 # make fuzz   feed spoilt files to the JSON Lines reader for 60 seconds (SEED=1 for others)
+# make bench  beside TRL and plain transformers, in an environment of its own (BENCH_MINUTES=20), and docs/performance.md
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
 # make soak   kill a run 200 times at random moments; each time it must go on to the same end (docs/reliability.md)
 PYTHON ?= python3
+BENCH := .venv-bench
+BENCH_MINUTES ?= 20
+BENCH_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit demo docs test soak lint format fuzz clean
+.PHONY: audit bench demo docs test soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -34,6 +38,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/speed.py --minutes $(BENCH_MINUTES) $(BENCH_OPTIONS) --out benchmarks/results/speed.json
+	$(BENCH)/bin/python scripts/make_performance.py
+
 fuzz: $(VENV)/.test
 	$(BIN)/python scripts/fuzz_json_lines.py --seconds 60 --seed $(or $(SEED),0) \
 		$(if $(wildcard ../shared/data/malformed),--corpus ../shared/data/malformed)
@@ -42,7 +50,7 @@ audit:
 	$(PYTHON) scripts/audit.py
 
 clean:
-	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,3 +62,8 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]" -r benchmarks/requirements.txt
+	touch $@

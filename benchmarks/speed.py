@@ -1,232 +1,124 @@
-"""How long an optimizer step takes, by tunekit and by plain transformers and PEFT, on the same rows and the same start.
+"""How fast tunekit trains beside TRL and plain transformers with PEFT: same model, rows, masks, adapter and optimizer.
 
-    python benchmarks/speed.py --steps 5 --repeats 3 --out benchmarks/results/speed.json
+    python benchmarks/speed.py --minutes 20 --out benchmarks/results/speed.json       # or: make bench
+    python benchmarks/speed.py --arms levers --out benchmarks/results/levers.json     # lever by lever
+    python benchmarks/speed.py --shape small --arms two --steps 2 --minutes 1         # is everything in place?
 
-Every arm trains LoRA on a model of random weights in the shape of SmolLM2-135M, with the same initial adapter, rows,
-order and optimizer. Rows have the lengths of GSM8K's: a question that carries no loss and an answer that does. Arms run
-in processes of their own, in turn, so that what else the machine does falls on all of them. Compared are ratios within
-one run; the loss of the first step must be the same in all.
+Arms run in processes of their own, in turn, round after round, so that what else the machine does falls on all of them.
+After the first round stands a gate: arms with another loss, gradient, number of supervised tokens or result are not
+compared. Called again with the same arguments it goes on where it stopped; `--fresh` begins anew.
 """
 
 import argparse
+import datetime
+import hashlib
 import json
 import os
-import platform
-import random
-import resource
-import statistics
+import shutil
 import subprocess
-import sys
-import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 
-SHAPES = {
-    "135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "small": {
-        "hidden_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "intermediate_size": 704,
-        "vocab_size": 32000,
-        "tie_word_embeddings": True,
-    },
-}
-ARMS = ("tunekit", "tunekit, levers off", "transformers.Trainer + peft")
-BATCH = 8
-RANK = 16
+import attrs
+from harness import report
+from harness.arms import ARMS, SETS
+from harness.clock import machine
+from harness.rounds import Rounds
+from harness.workload import SHAPES, Workload, prepare, steps_of
+
+ROOT = Path(__file__).parents[1]
 
 
-def rows_of(count, vocabulary):
-    """Rows with the lengths of GSM8K's questions and answers, log-normal: medians of 60 and 120 tokens."""
-    drawn = random.Random(0)
-    rows = []
-    for _ in range(count):
-        question, answer = (max(8, int(drawn.lognormvariate(mean, 0.4))) for mean in (4.1, 4.8))
-        ids = [drawn.randrange(10, vocabulary) for _ in range(question + answer)]
-        rows.append({"input_ids": ids, "labels": [-100] * question + ids[question:]})
-    return rows
+def measure(workload, names, *, minutes, repeats=5, threads=None, fresh=False, most_seconds=900, base="tunekit"):
+    """Make rounds of the arms on a workload; everything that came of it, as plain values."""
+    key = hashlib.sha256(json.dumps([attrs.asdict(workload), sources()]).encode()).hexdigest()[:12]
+    work = ROOT / "build" / "benchmarks" / f"{workload.shape}-{key}"
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    threads = threads or os.cpu_count()
+    described = machine(threads)
+    prepare(workload, work)
+    rounds = Rounds(work, names, threads=threads, minutes=minutes, most_seconds=most_seconds, repeats=repeats)
+    rounds.make()
+    steps = steps_of(workload, work)
+    return {
+        "workload": {**attrs.asdict(workload), "reduced": workload.reduced, **counted(steps)},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": described,
+        **report.figures(workload, steps, rounds, base),
+        "failed": rounds.failed,
+        "runs": rounds.runs,
+    }
 
 
-def adapted(shape):
-    """The model with a LoRA adapter whose B is not zero, the same in every process."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape], max_position_embeddings=1024))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.01)
-    return model
+def counted(steps):
+    """What is in the measured steps: tokens, how many carry loss, and how many a padded step has more."""
+    rows = [row for step in steps for row in step]
+    lengths = [len(row["input_ids"]) for row in rows]
+    padded = sum(len(step) * max(len(row["input_ids"]) for row in step) for step in steps)
+    learned = sum(label != -100 for row in rows for label in row["labels"][1:])
+    return {
+        "tokens_per_step": round(sum(lengths) / len(steps)),
+        "supervised_share": round(learned / sum(lengths), 3),
+        "padded_per_real_token": round(padded / sum(lengths), 3),
+        "longest": max(lengths),
+    }
 
 
-def by_tunekit(shape, steps, levers):
-    """Seconds of each step and the losses, by `tk.SFT`."""
-    import tunekit as tk
-    from tunekit.core.registry import default_registry
-    from tunekit.core.run.observers import Observers
-    from tunekit.testing import tiny_tokenizer
+def sources():
+    """A hash of what is measured and of what measures it: runs of other sources are not gone on with."""
+    files = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
-    trainer = tk.SFT(
-        max_steps=steps,
-        batch_size=BATCH,
-        learning_rate=1e-4,
-        schedule="constant",
-        warmup=0.0,
-        order="as-given",
-        max_grad_norm=1.0,
-        save_every=steps + 1,
-        padding_free=levers,
-        chunked_loss=levers,
+
+def commit():
+    """The revision measured, with a mark where its sources were changed since."""
+    said, changed = (
+        subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "src"])
     )
-    times = [time.perf_counter()]
-    with tempfile.TemporaryDirectory() as directory:
-        log = tk.RunLog(directory=Path(directory), observers=Observers(default_registry(), ()))
-        trainer.fit(
-            adapted(shape),
-            tiny_tokenizer(),
-            rows_of(BATCH * steps, SHAPES[shape]["vocab_size"]),
-            after_step=lambda model, step: times.append(time.perf_counter()),
-            extra_loss=lambda model: None,
-            validate=None,
-            run=log,
-            context=tk.Context(model_id="benchmark", device="cpu", dtype="float32", total_steps=steps),
-        )
-        lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return times, [json.loads(line)["loss"] for line in lines]
+    return f"{said or 'unknown'}{'-changed' if changed else ''}"
 
 
-def by_transformers(shape, steps):
-    """The same by `transformers.Trainer`, which pads the rows of a batch and makes logits of every token."""
-    from functools import partial
-
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from tunekit.core.data.batching import collate
-
-    times, losses = [], []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            times.append(time.perf_counter())
-
-        def on_step_end(self, *args, **kwargs):
-            times.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs, **kwargs):
-            if "loss" in logs:
-                losses.append(logs["loss"])
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args):
-            from torch.utils.data import SequentialSampler
-
-            return SequentialSampler(self.train_dataset)
-
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            output_dir=directory,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            remove_unused_columns=False,
-        )
-        rows = rows_of(BATCH * steps, SHAPES[shape]["vocab_size"])
-        InOrder(
-            model=adapted(shape),
-            args=arguments,
-            train_dataset=rows,
-            data_collator=partial(collate, pad_id=0),
-            callbacks=[Clock()],
-        ).train()
-    return times, losses
+def write(found, out):
+    """The result as a file whose runs stand one on a line."""
+    runs = ",\n  ".join(json.dumps(run) for run in found["runs"])
+    rest = json.dumps({**found, "runs": []}, indent=1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(rest.replace('"runs": []', f'"runs": [\n  {runs}\n ]') + "\n")
 
 
-def one(arm, shape, steps):
-    """Run one arm in this process and print its figures as JSON."""
-    if arm.startswith("tunekit"):
-        times, losses = by_tunekit(shape, steps, levers=arm == "tunekit")
-    else:
-        times, losses = by_transformers(shape, steps)
-    seconds = [after - before for before, after in pairwise(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"arm": arm, "seconds": seconds, "losses": losses, "peak_mib": peak}))
+def parser():
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--shape", choices=SHAPES, default="135m")
+    made.add_argument("--layers", type=int, help="keep only so many layers of the shape")
+    made.add_argument("--rows-per-step", type=int, default=8)
+    made.add_argument("--steps", type=int, default=3, help="of one run; the first is not measured")
+    made.add_argument("--arms", default="main", help=f"{', '.join(SETS)}, or names joined by commas")
+    made.add_argument("--repeats", type=int, default=5, help="rounds at most")
+    made.add_argument("--minutes", type=float, default=20, help="no round begins that would not be done by then")
+    made.add_argument("--most-seconds", type=float, default=900, help="after them a run is stopped, and its arm fails")
+    made.add_argument("--threads", type=int, help="of each process; all cores without it")
+    made.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
+    made.add_argument("--out", type=Path)
+    return made
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.arm:
-        one(options.arm, options.shape, options.steps)
-        return
-    found = []
-    for _ in range(options.repeats):
-        for arm in ARMS:
-            command = [sys.executable, __file__, "--arm", arm, "--shape", options.shape, "--steps", str(options.steps)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(output.splitlines()[-1]))
-            print(f"{arm:30} {statistics.median(found[-1]['seconds'][1:]):8.2f} s a step", flush=True)
-    report(found, options)
-
-
-def report(found, options):
-    """Check that all arms did the same work, then print and store medians and ratios."""
-    import torch
-
-    first = {round(run["losses"][0], 3) for run in found}
-    assert len(first) == 1, f"the arms do not start from the same loss: {first}"
-    rows = rows_of(BATCH * options.steps, SHAPES[options.shape]["vocab_size"])
-    tokens = sum(len(row["input_ids"]) for row in rows) / options.steps
-    arms = {}
-    for arm in ARMS:
-        runs = [run for run in found if run["arm"] == arm]
-        seconds = statistics.median(second for run in runs for second in run["seconds"][1:])
-        peak = statistics.median(run["peak_mib"] for run in runs)
-        arms[arm] = {"seconds_a_step": seconds, "real_tokens_a_second": tokens / seconds, "peak_mib": peak}
-    base = arms["tunekit"]["seconds_a_step"]
-    print(f"\n{'arm':30} {'s/step':>8} {'tokens/s':>9} {'peak MiB':>9} {'time / tunekit':>15}")
-    for arm, figures in arms.items():
-        seconds, speed, peak = figures.values()
-        print(f"{arm:30} {seconds:8.2f} {speed:9.0f} {peak:9.0f} {seconds / base:15.2f}")
+def main(arguments=None):
+    options = parser().parse_args(arguments)
+    names = SETS.get(options.arms) or options.arms.split(",")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise SystemExit(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    workload = Workload(
+        shape=options.shape, layers=options.layers, rows_per_step=options.rows_per_step, steps=options.steps
+    )
+    passed = {name: getattr(options, name) for name in ("minutes", "repeats", "threads", "fresh", "most_seconds")}
+    found = measure(workload, names, **passed)
+    print(report.table(found))
+    for name, reason in found["failed"].items():
+        print(f"{name}: {reason}")
     if options.out:
-        machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-        machine["torch"] = torch.__version__
-        content = {"shape": options.shape, "steps": options.steps, "machine": machine, "arms": arms, "runs": found}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _processor():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+        write(found, options.out)
 
 
 if __name__ == "__main__":
