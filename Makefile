@@ -39,7 +39,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 bench: $(BENCH)/.ready
-	$(BENCH)/bin/python benchmarks/speed.py --minutes $(BENCH_MINUTES) $(BENCH_OPTIONS) --out benchmarks/results/speed.json
+	$(BENCH)/bin/python benchmarks/everything.py --minutes $(BENCH_MINUTES) $(BENCH_OPTIONS)
 	$(BENCH)/bin/python scripts/make_performance.py
 
 fuzz: $(VENV)/.test

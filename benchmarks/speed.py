@@ -28,7 +28,7 @@ from harness.workload import SHAPES, Workload, prepare, steps_of
 ROOT = Path(__file__).parents[1]
 
 
-def measure(workload, names, *, minutes, repeats=5, threads=None, fresh=False, most_seconds=900, base="tunekit"):
+def measure(workload, names, *, minutes, repeats=5, threads=None, fresh=False, most_seconds=900):
     """Make rounds of the arms on a workload; everything that came of it, as plain values."""
     key = hashlib.sha256(json.dumps([attrs.asdict(workload), sources()]).encode()).hexdigest()[:12]
     work = ROOT / "build" / "benchmarks" / f"{workload.shape}-{key}"
@@ -45,7 +45,7 @@ def measure(workload, names, *, minutes, repeats=5, threads=None, fresh=False, m
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": described,
-        **report.figures(workload, steps, rounds, base),
+        **report.figures(workload, steps, rounds, "tunekit" if "tunekit" in names else "tunekit-levers-off"),
         "failed": rounds.failed,
         "runs": rounds.runs,
     }

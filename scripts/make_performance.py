@@ -25,15 +25,16 @@ their own, in turn, round after round. After the first round an arm must have le
 transformers in float32, with the same first loss (within 1e-5 of it, 1e-3 where the arithmetic is bfloat16), the same
 first gradient (a cosine above 0.999) and the same loss on held-out rows after its last step (within 0.5 %, by one
 script that uses transformers and PEFT alone); otherwise it is not compared. Tokens are real ones: padding counts for
-nobody. The first step of a run is not measured. Brackets hold 95 % bootstrap intervals over rounds. MFU is the arithmetic that
-LoRA needs, without padding and recomputation, over the fastest matrix product of the same machine in the same minutes,
-on the shapes of the model and in the dtype that the arm computes in. All arms are given rows that are tokenized
-already: what TRL takes to tokenize them is not counted.
+nobody. The first step of a run is not measured. Brackets hold 95 % bootstrap intervals over rounds. MFU is the
+arithmetic that LoRA needs, without padding and recomputation, over the fastest matrix product of the same machine in
+the same minutes, on the shapes of the model and in the dtype that the arm computes in. All arms are given rows that
+are tokenized already: what TRL takes to tokenize them is not counted.
 
 `make bench` makes an environment with the peers and measures all of it anew."""
 COMPARISONS = {
     "speed": "The 135M shape",
     "speed-0.5b": "The 0.5B shape, vocabulary of 152k",
+    "speed-0.5b-full": "The 0.5B shape, a step of 2,000 tokens",
     "stories260k": "A very small model: stories260k",
     "scaling-least": "Where tunekit gains least: no padding, loss on every token",
 }

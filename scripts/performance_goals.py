@@ -41,10 +41,10 @@ def _reached(key, results):
     if key == "vocabulary":
         return _faster(results.get("speed-0.5b"), ("trl",), 8)
     if key == "mfu":
-        mfu = _arm(results.get("speed-0.5b"), "tunekit").get("mfu")
+        mfu = _arm(results.get("speed-0.5b-full"), "tunekit").get("mfu")
         if not mfu:
             return NOT_MEASURED, None
-        return f"{mfu:.2f} at {results['speed-0.5b']['workload']['tokens_per_step']:,} tokens", mfu >= 0.5
+        return f"{mfu:.2f} at {results['speed-0.5b-full']['workload']['tokens_per_step']:,} tokens", mfu >= 0.5
     # Of `methods.json`: time a step over LoRA's, by the goal's name.
     ratio = results.get("methods", {}).get("goals", {}).get(key)
     most = {"loha": 1.15, "lokr": 1.15, "qlora": 1.3}.get(key)

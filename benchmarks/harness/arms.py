@@ -15,6 +15,7 @@ class Arm:
         computes: the dtype of the arithmetic; it differs under autocast.
         settings: fields of `tk.SFT`, `TrainingArguments` or `SFTConfig` that differ from its defaults.
         about: what it is, for the table.
+        once: whether it is run in the first round alone: to show that another arm of the same trainer is the faster.
         lever: the field of `tk.SFT` that the arm is about; without that field there is no such arm.
     """
 
@@ -24,6 +25,7 @@ class Arm:
     settings: dict = attrs.field(factory=dict)
     about: str
     lever: str | None = None
+    once: bool = False
 
 
 EXACT = ("padding_free", "chunked_loss", "lean", "compile")
@@ -42,8 +44,8 @@ def _with(*levers):
     return {**OFF, **dict.fromkeys(levers, True)}
 
 
-def _trl(about, dtype="float32", computes=None, **settings):
-    return Arm(trainer="trl", dtype=dtype, computes=computes or dtype, settings=settings, about=about)
+def _trl(about, dtype="float32", computes=None, once=False, **settings):
+    return Arm(trainer="trl", dtype=dtype, computes=computes or dtype, settings=settings, about=about, once=once)
 
 
 def _plain(about, dtype):
@@ -57,7 +59,7 @@ ARMS = {
     "tunekit-levers-off": _tunekit("tk.SFT, padding, whole logits, PEFT's own forwards", **OFF),
     "transformers-bfloat16": _plain("transformers.Trainer + PEFT, bfloat16 base", "bfloat16"),
     "trl-tuned-padding-free": _trl("the same, padding-free", padding_free=True, **TUNED),
-    "trl-tuned-bfloat16": _trl("TRL, bfloat16 base, no checkpointing, no autocast", "bfloat16", **TUNED),
+    "trl-tuned-bfloat16": _trl("TRL, bfloat16 base, no checkpointing, no autocast", "bfloat16", once=True, **TUNED),
     "trl": _trl("TRL as shipped: float32 base, bfloat16 autocast, checkpointing", computes="bfloat16"),
     # One lever after the other; all leave the result as it is but for the last, the dtype.
     "lever-padding-free": _tunekit("rows without padding", lever="padding_free", **_with(*EXACT[:1])),
@@ -66,14 +68,14 @@ ARMS = {
     "lever-compile": _tunekit("+ compiled layers", lever="compile", **_with(*EXACT)),
     "lever-bfloat16": _tunekit("all but compiled layers, base in bfloat16", "bfloat16", **_with(*EXACT[:3])),
 }
-MAIN = tuple(name for name in ARMS if not name.startswith("lever-"))
-LEVERS = ("tunekit-levers-off", *(name for name in ARMS if name.startswith("lever-")))
+MAIN = tuple(name for name in ARMS if "lever" not in name)
+LEVERS = tuple(name for name in ARMS if "lever" in name)
 REFERENCE = "transformers-float32"
 """What the others are held against: plain, unquantized, and of nobody who takes part."""
 SETS = {
     "main": MAIN,
     "levers": (REFERENCE, *LEVERS),
-    "all": (*MAIN, *(name for name in LEVERS if name not in MAIN)),
+    "all": (*MAIN, *LEVERS),
     "two": ("tunekit", REFERENCE),
 }
 

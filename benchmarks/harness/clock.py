@@ -118,7 +118,7 @@ def machine(threads):
         "lacks": [flag for flag in telling if flag not in flags],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if version(name)},
         "load": [round(value, 2) for value in os.getloadavg()],
     }

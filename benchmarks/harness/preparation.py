@@ -22,12 +22,13 @@ RANKS = (4, 8, 16, 32)
 def rows(shape):
     """Seconds and memory of preparing rows, by tunekit with its cache empty and filled, and by TRL where it is."""
     by = ["tunekit", *(["trl"] if clock.version("trl") else [])]
-    return _points(shape, COUNTS, {name: f"rows-{name}" for name in by})
+    return _points(shape, COUNTS[:1] if shape == "tiny" else COUNTS, {name: f"rows-{name}" for name in by})
 
 
 def adapters(shape):
     """Seconds from start to end of training 1, 2 and 4 adapters: in one `tk.compare`, and in as many processes."""
-    return _points(shape, (1, 2, 4), {"one process": "adapters-together", "a process each": "adapters-apart"})
+    jobs = {"one process": "adapters-together", "a process each": "adapters-apart"}
+    return _points(shape, (1,) if shape == "tiny" else (1, 2, 4), jobs)
 
 
 def _points(shape, ats, names):

@@ -92,7 +92,7 @@ def _ratio(ours, theirs):
     def of(draw):
         return statistics.median(ours[n] for n in draw) / statistics.median(theirs[n] for n in draw)
 
-    count = len(ours)
+    count = min(len(ours), len(theirs))  # one of them may be run in the first round alone
     low, high = bootstrap(of, count) if count > 1 else (None, None)
     return {"value": of(range(count)), "low": low, "high": high}
 

@@ -35,7 +35,8 @@ class Rounds:
         if REFERENCE not in self.names:
             self.names.append(REFERENCE)
         self._log = work / "runs.jsonl"
-        self.runs = [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+        kept = map(json.loads, self._log.read_text().splitlines() if self._log.exists() else [])
+        self.runs = [run for run in kept if run["arm"] in [ROOF, *self.names]]  # other arms had this workload too
 
     def make(self):
         """Make them; the gate stands after the first round, and arms that fail it are not run again."""
@@ -43,20 +44,27 @@ class Rounds:
         for number in range(self.repeats):
             if number and not self._in_time(number, time.monotonic() - began):
                 break
-            for name in [ROOF, *self.names]:
-                if name not in self.failed and not self._of(number, name):
+            for name in [ROOF, *self.of_round(number)]:
+                if not self._of(number, name):
                     self._one(number, name)
             if number == 0:
                 self._judge()
 
     def complete(self):
         """How many rounds have all arms."""
-        passed = [name for name in self.names if name not in self.failed]
-        return next(n for n in range(self.repeats + 1) if not all(self._of(n, name) for name in passed))
+        count = 0
+        while count < self.repeats and all(self._of(count, name) for name in [ROOF, *self.of_round(count)]):
+            count += 1
+        return count
+
+    def of_round(self, number):
+        """The arms that are run in this round, from 0."""
+        return [name for name in self.names if name not in self.failed and not (number and ARMS[name].once)]
 
     def _in_time(self, number, elapsed):
         """Whether a round as long as the last one is over before the time is."""
-        last = sum(run["wall"] for run in self.runs if run["round"] == number - 1 and run["arm"] not in self.failed)
+        arms = [ROOF, *self.of_round(number)]
+        last = sum(run["wall"] for run in self.runs if run["round"] == number - 1 and run["arm"] in arms)
         return elapsed + last <= 60 * self.minutes
 
     def _of(self, number, name):

@@ -36,6 +36,7 @@ PAGES = [
     "docs/comparison.md",
     "docs/reliability.md",
     "docs/scale.md",
+    "docs/performance.md",
     "docs/writing-a-plugin.md",
     "docs/security.md",
     "CONTRIBUTING.md",
