@@ -35,7 +35,7 @@ STAGES = {
     "speed-0.5b-full": (FULL, ("tunekit", REFERENCE), 0.8),
     "stories260k": (Workload(shape="stories260k", steps=30), (*THREE, "trl-tuned-float32"), 0.8),
 }
-"""Fewer rows a step than a user's 8 in the main table, and fewer still with the 0.5B shape: peers take long for a step."""
+"""Fewer rows a step than a user's 8 in the main table, and fewer still with the 0.5B shape: peers are slow."""
 
 
 def main(arguments=None):
