@@ -51,7 +51,8 @@ def page(results):
     parts = [MADE, "# Performance", INTRODUCTION, "## Goals and what was reached", goals(results)]
     for name, title in COMPARISONS.items():
         if name in results:
-            parts += [f"## {title}", about(results[name]), comparison(results[name])]
+            drawn = f"![real tokens a second by arm](images/{name}.svg)"
+            parts += [f"## {title}", about(results[name]), drawn, comparison(results[name])]
     if "levers" in results:
         parts += ["## Lever by lever", about(results["levers"]), ablation(results["levers"])]
     for name, title in TABLES.items():
@@ -66,13 +67,33 @@ def page(results):
 
 
 def plot(name, found):
-    """Lines over the points of a quantity, one an arm, as `docs/images/<name>.svg`."""
+    """A figure of a result as `docs/images/<name>.svg`: bars by arm, or lines over the points of a quantity."""
     import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.add_subplot(xlabel=found["title"], xscale="log")
+    axes = figure.add_subplot()
     axes.grid(alpha=0.3)
+    (lines if "quantity" in found else bars)(axes, found)
+    IMAGES.mkdir(exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+
+
+def bars(axes, found):
+    """Real tokens a second of each arm."""
+    arms = found["arms"]
+    rates = [arm["real_tokens_per_second"] for arm in arms.values()]
+    colors = ["C0" if name == "tunekit" else "C7" for name in arms]
+    axes.barh(list(arms), rates, color=colors)
+    axes.invert_yaxis()
+    axes.set_xlabel("real tokens per second")
+
+
+def lines(axes, found):
+    """One line an arm over the points of a quantity."""
+    axes.set_xlabel(found["title"])
+    axes.set_xscale("log")
     value = "real_tokens_per_second" if "real_tokens_per_second" in _first(found) else "seconds"
     axes.set_ylabel(value.replace("_", " "))
     for arm in dict.fromkeys(arm for point in found["points"] for arm in point["arms"]):
@@ -83,9 +104,6 @@ def plot(name, found):
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
     axes.legend()
-    IMAGES.mkdir(exist_ok=True)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
 
 
 def _first(found):
@@ -101,7 +119,7 @@ def main(arguments):
         return
     PAGE.write_text(made, encoding="utf-8")
     for name, found in results.items():
-        if "quantity" in found:
+        if "quantity" in found or name in COMPARISONS:
             plot(name, found)
 
 

@@ -55,6 +55,7 @@ class Watched:
 
     process: subprocess.Popen
     peak_mib: float = 0.0
+    cpu_seconds: float = 0.0
     others_busy: float = 0.0
 
     @classmethod
@@ -76,8 +77,8 @@ class Watched:
             time.sleep(0.2)
         after, now = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = sum(getattr(after, kind) - getattr(before, kind) for kind in ("user", "nice", "system"))
-        own = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-        watched.others_busy = max(0.0, busy - own) / (time.monotonic() - began)
+        watched.cpu_seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        watched.others_busy = max(0.0, busy - watched.cpu_seconds) / (time.monotonic() - began)
         return watched
 
 

@@ -100,6 +100,7 @@ class Rounds:
             return
         run = {"round": number, **json.loads(out.read_text()), "wall": time.time() - began}
         run["peak_mib"] = max(run.get("peak_mib", 0.0), watched.peak_mib)
+        run["cpu_seconds"] = round(watched.cpu_seconds, 2)
         run["others_busy"] = round(watched.others_busy, 3)
         self.runs.append(run)
         with self._log.open("a") as file:
