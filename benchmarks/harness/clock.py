@@ -74,7 +74,7 @@ class Watched:
                     process.kill()
                 watched.process.wait()
                 raise subprocess.TimeoutExpired(command, seconds)
-            time.sleep(0.2)
+            time.sleep(0.5)
         after, now = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = sum(getattr(after, kind) - getattr(before, kind) for kind in ("user", "nice", "system"))
         watched.cpu_seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
