@@ -21,16 +21,16 @@ from scaling import main as scale
 from speed import measure, write
 
 RESULTS = Path(__file__).parent / "results"
-MAIN = Workload(shape="135m", rows_per_step=4, steps=3)
+MAIN = Workload(shape="135m", rows_per_step=4, steps=2)
 LARGE = Workload(shape="0.5b", rows_per_step=2, steps=2)
 FULL = Workload(shape="0.5b", rows_per_step=10, steps=2)
 EVEN = Workload(shape="135m", rows_per_step=4, steps=3, data="drawn", length=200, supervised=1.0)
 THREE = ("tunekit", REFERENCE, "trl")
 STAGES = {
     # file: (work, arms, share of the minutes that are left)
-    "speed": (MAIN, SETS["main"], 0.55),
-    "speed-0.5b": (LARGE, THREE, 0.4),
-    "levers": (MAIN, SETS["levers"], 0.6),
+    "speed": (MAIN, SETS["main"], 0.7),
+    "speed-0.5b": (LARGE, THREE, 0.5),
+    "levers": (attrs.evolve(MAIN, steps=4), SETS["levers"], 0.6),
     "scaling-least": (EVEN, ("tunekit", REFERENCE, "trl-tuned-float32"), 0.5),
     "speed-0.5b-full": (FULL, ("tunekit", REFERENCE), 0.8),
     "stories260k": (Workload(shape="stories260k", steps=30), (*THREE, "trl-tuned-float32"), 0.8),
@@ -43,12 +43,14 @@ def main(arguments=None):
     parser.add_argument("--minutes", type=float, default=20, help="after them no round, stage or quantity begins")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of a stage at most")
     parser.add_argument("--threads", type=int, help="of each process; all cores without it")
+    parser.add_argument("--only", help="names of stages and quantities to measure, joined by commas")
     parser.add_argument("--trial", action="store_true", help="every stage once on tiny models, into build/benchmarks")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
+    wanted = options.only.split(",") if options.only else [*STAGES, *TITLES]
     limits = {"repeats": 1 if options.trial else options.repeats, "threads": options.threads}
     out = RESULTS.parents[1] / "build" / "benchmarks" / "trial" if options.trial else RESULTS
-    for name, (work, arms, share) in STAGES.items():
+    for name, (work, arms, share) in ((name, STAGES[name]) for name in STAGES if name in wanted):
         left = (end - time.monotonic()) / 60
         if left <= 0:
             print(f"{name}: no time left; call it again")
@@ -62,7 +64,7 @@ def main(arguments=None):
             continue
         print(report.table(found))
         write(found, out / f"{name}.json")
-    for quantity in TITLES:
+    for quantity in (name for name in TITLES if name in wanted):
         left = (end - time.monotonic()) / 60
         if left <= 0:
             print(f"scaling by {quantity}: no time left; call it again")

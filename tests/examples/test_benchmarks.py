@@ -204,3 +204,29 @@ def test_figures_leave_out_the_warm_up_and_count_no_padding():
     assert ours["mfu"] == pytest.approx(WORK.flops(steps[1]) / 3 / 2e6, abs=1e-4)
     assert theirs["ratio"] == {"value": pytest.approx(8 / 3), "low": 2.0, "high": 3.0}, "drawn round by round"
     assert theirs["peak_mib"] == 101
+
+
+def test_stages_are_made_while_there_is_time_and_one_that_cannot_be_made_stops_no_other(tmp_path, monkeypatch, capsys):
+    import everything
+
+    asked = []
+
+    def measure(work, names, *, minutes, **limits):
+        asked.append((names, minutes))
+        if len(asked) == 1:
+            raise SystemExit("it cannot be made")
+        return {"rounds": 1, "arms": {}, "roof_gflops": {}, "runs": [{"round": 0}, {"round": 1}]}
+
+    monkeypatch.setattr(everything, "RESULTS", tmp_path)
+    monkeypatch.setattr(everything, "measure", measure)
+    monkeypatch.setattr(everything, "scale", asked.append)
+    everything.main(["--only", "speed,levers,rank", "--minutes", "10"])
+    assert [names for names, _ in asked[:2]] == [arms.SETS["main"], arms.SETS["levers"]]
+    assert asked[0][1] == pytest.approx(7, abs=0.1), "the main table has most of the minutes"
+    assert asked[2][0] == "rank"
+    assert [path.name for path in tmp_path.iterdir()] == ["levers.json"]
+    assert json.loads((tmp_path / "levers.json").read_text())["runs"] == [{"round": 0}, {"round": 1}]
+
+    everything.main(["--minutes", "0"])
+    assert len(asked) == 3
+    assert capsys.readouterr().out.count("no time left") == len(everything.STAGES) + len(everything.TITLES)
