@@ -41,6 +41,14 @@ COMPARISONS = {
 TABLES = {"memory": "Memory, planned and measured", "methods": "Adapter methods beside LoRA"}
 
 
+MEASURED = {
+    "real_tokens_per_second": "real tokens per second",
+    "cold": "seconds, with empty caches",
+    "seconds": "seconds from start to end",
+}
+"""What a plot over a quantity shows: the first of these that its points have."""
+
+
 def read(folder=RESULTS):
     """Every result by the name of its file."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
@@ -94,8 +102,9 @@ def lines(axes, found):
     """One line an arm over the points of a quantity."""
     axes.set_xlabel(found["title"])
     axes.set_xscale("log")
-    value = "real_tokens_per_second" if "real_tokens_per_second" in _first(found) else "seconds"
-    axes.set_ylabel(value.replace("_", " "))
+    first = next(iter(found["points"][0]["arms"].values()))
+    value = next(name for name in MEASURED if name in first)
+    axes.set_ylabel(MEASURED[value])
     for arm in dict.fromkeys(arm for point in found["points"] for arm in point["arms"]):
         points = [(point["at"], point["arms"][arm][value]) for point in found["points"] if arm in point["arms"]]
         axes.plot(*zip(*points, strict=True), marker="o", label=arm)
@@ -104,10 +113,6 @@ def lines(axes, found):
     axes.set_xticks([], minor=True)
     axes.set_ylim(bottom=0)
     axes.legend()
-
-
-def _first(found):
-    return next(iter(found["points"][0]["arms"].values()))
 
 
 def main(arguments):

@@ -13,7 +13,7 @@ from harness import clock
 from harness.rows import conversations
 from harness.workload import Workload, lora, prepare
 
-COUNTS = (1000, 10000, 100000)
+COUNTS = (1000, 4000, 16000)
 """Rows to prepare."""
 RANKS = (4, 8, 16, 32)
 """Of the adapters that are trained in one process."""
