@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from performance_goals import goals
-from performance_tables import ablation, about, comparison, free_table, scaling
+from performance_tables import ablation, about, comparison, methods, records, scaling
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +38,7 @@ COMPARISONS = {
     "stories260k": "A very small model: stories260k",
     "scaling-least": "Where tunekit gains least: no padding, loss on every token",
 }
-TABLES = {"memory": "Memory, planned and measured", "methods": "Adapter methods beside LoRA"}
+TABLES = {"memory": ("Memory, planned and measured", records), "methods": ("Adapter methods beside LoRA", methods)}
 
 
 MEASURED = {
@@ -63,9 +63,9 @@ def page(results):
             parts += [f"## {title}", about(results[name]), drawn, comparison(results[name])]
     if "levers" in results:
         parts += ["## Lever by lever", about(results["levers"]), ablation(results["levers"])]
-    for name, title in TABLES.items():
+    for name, (title, made) in TABLES.items():
         if name in results:
-            parts += [f"## {title}", free_table(results[name])]
+            parts += [f"## {title}", made(results[name])]
     growing = {name: found for name, found in results.items() if "quantity" in found}
     if growing:
         parts.append("## How speed changes with the work")

@@ -45,10 +45,9 @@ def _reached(key, results):
         if not mfu:
             return NOT_MEASURED, None
         return f"{mfu:.2f} at {results['speed-0.5b-full']['workload']['tokens_per_step']:,} tokens", mfu >= 0.5
-    # Of `methods.json`: time a step over LoRA's, by the goal's name.
-    ratio = results.get("methods", {}).get("goals", {}).get(key)
-    most = {"loha": 1.15, "lokr": 1.15, "qlora": 1.3}.get(key)
-    return (f"{ratio:.2f}", ratio <= most) if ratio and most else (NOT_MEASURED, None)
+    name, most = {"loha": ("LoHa", 1.15), "lokr": ("LoKr", 1.15), "qlora": ("QLoRA", 1.3)}.get(key, ("", 0))
+    ratio = results.get("methods", {}).get("methods", {}).get(name, {}).get("lean", {}).get("to LoRA")
+    return (f"{ratio:.2f}", ratio <= most) if ratio else (NOT_MEASURED, None)
 
 
 def _faster(found, names, least):

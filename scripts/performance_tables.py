@@ -112,10 +112,33 @@ def scaling(found):
     return table([found["title"], *arms, *(["tunekit is so many times as fast"] if speed else [])], rows)
 
 
-def free_table(found):
-    """A result that brings its own sentences and table."""
-    parts = [*found.get("about", []), table(found["table"]["columns"], found["table"]["rows"])]
-    return "\n\n".join(parts)
+def methods(found):
+    """Time a step of each method over LoRA's, of `benchmarks/methods.py`."""
+    rows = [
+        [
+            name,
+            f"{ways['lean']['seconds']:.2f}",
+            f"{ways['lean']['to LoRA']:.2f}",
+            f"{ways['PEFT']['to LoRA']:.2f}",
+            f"{ways['lean']['to PEFT']:.2f}",
+        ]
+        for name, ways in found["methods"].items()
+    ]
+    columns = ["method", "seconds a step", "over LoRA's", "PEFT's over PEFT's LoRA", "over PEFT's own"]
+    return table(columns, rows)
+
+
+def records(found):
+    """The first list of records in a result, as it stands: a column for each of their fields."""
+    lines = next(
+        (value for value in found.values() if isinstance(value, list) and value and isinstance(value[0], dict)), []
+    )
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    return table(columns, [[_shown(line.get(key, "")) for key in columns] for line in lines])
+
+
+def _shown(value):
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def failed(found):

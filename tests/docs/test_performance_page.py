@@ -82,6 +82,16 @@ def test_what_nobody_measured_is_said_to_be_so(script):
     assert script["page"]({}).count("| not measured |") == 11
 
 
+def test_methods_and_memory_have_tables_and_goals_of_their_own(script):
+    ways = {"lean": {"seconds": 1.5, "to LoRA": 1.1, "to PEFT": 0.7}, "PEFT": {"to LoRA": 1.5}}
+    memory = {"machine": {}, "cases": [{"model": "135m", "planned": 1000, "off": 0.05}]}
+    page = script["page"]({"methods": {"methods": {"LoHa": ways}}, "memory": memory})
+    assert "| LoHa | 1.50 | 1.10 | 1.50 | 0.70 |" in page
+    assert "| LoHa, time a step over LoRA's | at most 1.15 | 1.10 | yes |" in page
+    assert "| model | planned | off |" in page
+    assert "| 135m | 1,000 | 0.05 |" in page
+
+
 def test_a_quantity_has_its_plot_and_a_row_a_point(script, result, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(script["plot"].__globals__, "IMAGES", tmp_path)
