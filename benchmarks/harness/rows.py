@@ -34,14 +34,14 @@ def tokenizer(shape):
     """Byte-level BPE trained on the rows, with ChatML; that of stories260k for it; bytes where there are no rows."""
     from tunekit.testing.tiny import CHATML, SPECIAL, tiny_tokenizer
 
-    texts = [message["content"] for row in conversations() for message in row["messages"]]
     if shape == "stories260k":
         from transformers import AutoTokenizer
 
         found = AutoTokenizer.from_pretrained(shared() / "models" / "stories260k")
         found.chat_template = CHATML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
         return found
-    if not texts or shape == "tiny":
+    texts = [message["content"] for row in conversations() for message in row["messages"]] if shape != "tiny" else []
+    if not texts:
         return tiny_tokenizer()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
