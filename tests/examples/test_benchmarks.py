@@ -62,6 +62,8 @@ def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):
     assert all(figures["seconds"] > 0 for ways in found.values() for figures in ways.values())
     assert [found["LoRA"][way]["to LoRA"] for way in ("lean", "PEFT")] == [1, 1]
     assert capsys.readouterr().out.count("\n") == 1 + len(found)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("work")
