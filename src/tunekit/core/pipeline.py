@@ -23,7 +23,7 @@ from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.model import added_tokens, fingerprint
-from tunekit.core.model.base import Base, Loaded, choose_device, context_length, load_base
+from tunekit.core.model.base import Base, LoadBase, Loaded, choose_device, context_length, load_base
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.model.precision import check_dtype, choose_precision
 from tunekit.core.registry import default_registry
@@ -219,7 +219,10 @@ class Pipeline:
             TrainingError: the training went wrong in a way that would have ruined the result.
             KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; SFT finished the step and wrote a checkpoint.
         """
-        directory = Path(directory)
+        return self._run(Path(directory), resume, observers, load_base)
+
+    def _run(self, directory: Path, resume: Resume, observers: Iterable[object], load: LoadBase) -> Run:
+        """`run`, with a base from `load`: a comparison has one in memory for all of its runs."""
         self.check()
         if on:
             on.make(Job(pipeline=self, directory=directory, resume=resume, observers=tuple(observers)))
@@ -239,7 +242,7 @@ class Pipeline:
             log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
             log.begin(steps, found.notes)
             try:
-                run = self._train(log, codec, data, context, found)
+                run = self._train(log, codec, data, context, found, load)
             except BaseException as error:
                 log.end(error)
                 raise
@@ -247,18 +250,20 @@ class Pipeline:
             run_report.leave(log, data, codec, self.trainer, context)
             return run
 
-    def _train(self, log: RunLog, codec: Codec, data: dataset.Data, context: Context, found: Opened) -> Run:
+    def _train(
+        self, log: RunLog, codec: Codec, data: dataset.Data, context: Context, found: Opened, load: LoadBase
+    ) -> Run:
         from transformers import set_seed
 
         began = time.monotonic()
         prompted = [] if log.resumed else self._baselines(codec, data)
         pieces = sharded.Pieces(trainer=self.trainer, context=context, processes=log.processes)
-        base = pieces.load(load := partial(load_base, self._base, self._quantizer, codec))
+        base = pieces.load(give := partial(load, self._base, self._quantizer, codec))
         measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
         if not log.resumed:
             asked = pieces.cut(base)
             found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))
-            base = pieces.load(load) if pieces.wanted else base  # nothing can be attached to pieces
+            base = pieces.load(give) if pieces.wanted else base  # nothing can be attached to pieces
 
         set_seed(self.seed)
         model = self.adapter.attach(base, context)

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from tunekit.core import recipe
-from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.interfaces import AdapterMethod, Quantizer
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
 from tunekit.errors import ConfigError
@@ -33,10 +33,14 @@ class Method:
     pipeline: Pipeline
 
     @property
+    def quantizer(self) -> Quantizer | None:
+        """How its base is stored."""
+        return self.pipeline.quantizer or self.pipeline.adapter.default_quantizer()
+
+    @property
     def quantization(self) -> str | None:
         """The scheme its base is stored in."""
-        quantizer = self.pipeline.quantizer or self.pipeline.adapter.default_quantizer()
-        return quantizer.scheme if quantizer else None
+        return self.quantizer.scheme if self.quantizer else None
 
 
 def methods(

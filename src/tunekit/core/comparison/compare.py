@@ -17,11 +17,12 @@ from tunekit.core.comparison import arms
 from tunekit.core.comparison.arms import Method
 from tunekit.core.comparison.budget import Budget, Steps, Tokens, tokens_of_steps
 from tunekit.core.comparison.comparison import NOT_YET, Arm, ArmRun, Comparison, run_directory
+from tunekit.core.comparison.shared_base import SharedBase
 from tunekit.core.component import Context
 from tunekit.core.data import dataset
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import fingerprint
-from tunekit.core.model.base import Base, choose_device, context_length
+from tunekit.core.model.base import Base, LoadBase, choose_device, context_length
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
@@ -67,8 +68,9 @@ def compare(
 ) -> Comparison:
     """Fine-tune by several methods on the same rows in the same order from the same base, and compare what came of it.
 
-    Each run is an ordinary one in `directory/<arm>/seed-<n>`, with a base loaded for it alone, so that nothing depends
-    on the order of the methods. Called again, it takes finished runs as they are and goes on with unfinished ones. A
+    Each run is an ordinary one in `directory/<arm>/seed-<n>`, to the last bit what `Pipeline.run` makes of it alone.
+    The base stays in memory from one to the next, put back as it was loaded; it is loaded again where a method wrote
+    into its weights. Called again, it takes finished runs as they are and goes on with unfinished ones. A
     run that fails does not stop the others; it is tried again by the next call.
 
     Args:
@@ -100,6 +102,7 @@ def compare(
 
     device = "cpu" if on else choose_device(pipeline.device)
     errors: dict[Path, str] = {}
+    shared = SharedBase()
 
     def so_far() -> Comparison:
         return Comparison(
@@ -119,12 +122,15 @@ def compare(
                     errors[todo[at].directory] = redacted(f"{type(error).__name__}: {error}")
                 so_far().save()
         todo = []
-    for trial in todo:
+    # By how their base is stored, so that each is loaded once and none is in memory with another.
+    for trial in sorted(todo, key=lambda trial: repr(trial.method.quantizer)):
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
-            _job(trial, observers).make()
+            _run(trial, observers, shared.load)
         except Exception as error:  # one method's failure is a result of the comparison, not its end
             errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
+        if not shared.take_back():
+            logger.info("%s changed the base, which is loaded again", trial.method.name)
         _free_memory(device)
         so_far().save()
     comparison = so_far()
@@ -224,6 +230,12 @@ def _job(trial: Trial, observers: Sequence[object]) -> Job:
     tokens = tokens_of_steps(trial.pipeline.trainer, lengths, trial.pipeline.seed) if lengths else None
     gauge = Gauge(trial.pipeline.device, tokens)
     return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=(gauge, *observers))
+
+
+def _run(trial: Trial, observers: Sequence[object], load: LoadBase) -> None:
+    """Make the run here. The finished run, and its model with it, is not kept."""
+    job = _job(trial, observers)
+    job.pipeline._run(job.directory, job.resume, job.observers, load)
 
 
 def _free_memory(device: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -237,6 +237,10 @@ def load_base(base: Base, quantizer: Quantizer | None, codec: Codec, context: Co
         model = quantizer.prepare(model, context)
     stop_at(model, codec)
     return model
+
+
+LoadBase = Callable[[Base, Quantizer | None, Codec, Context], Any]
+"""`load_base`, or what gives the same without reading it again."""
 
 
 def stop_at(model: PreTrainedModel, codec: Codec) -> None:
