@@ -112,6 +112,7 @@ ORDER = [
     "core.run.model_card",
     "core.run.export",
     "core.run.overview",
+    "core.run.html_report",
     "core.run.run_report",
     "core.run.result",
     # where all meet
@@ -126,9 +127,13 @@ ORDER = [
     # several runs
     "core.comparison.budget",
     "core.comparison.shared_base",
+    "core.comparison.arm_runs",
     "core.comparison.comparison",
+    "core.comparison.comparison_report",
     "core.comparison.arms",
+    "core.comparison.probes",
     "core.comparison.compare",
+    "core.comparison.ranking",
 ]
 """A module imports only what stands before it. A new module of the core gets its place here."""
 

@@ -2,13 +2,18 @@
 
 from .core.common.assets import ORDERS as ORDERS
 from .core.common.assets import TINY as TINY
+from .core.comparison.arm_runs import Arm as Arm
+from .core.comparison.arm_runs import ArmRun as ArmRun
+from .core.comparison.budget import Minutes as Minutes
 from .core.comparison.budget import Steps as Steps
 from .core.comparison.budget import Tokens as Tokens
 from .core.comparison.compare import compare as compare
-from .core.comparison.comparison import Arm as Arm
-from .core.comparison.comparison import ArmRun as ArmRun
 from .core.comparison.comparison import Comparison as Comparison
 from .core.comparison.comparison import open_comparison as open_comparison
+from .core.comparison.comparison_report import ComparisonReport as ComparisonReport
+from .core.comparison.ranking import RankedModel as RankedModel
+from .core.comparison.ranking import Ranking as Ranking
+from .core.comparison.ranking import rank_models as rank_models
 from .core.component import Component as Component
 from .core.component import Context as Context
 from .core.data.cache import CacheEntry as CacheEntry

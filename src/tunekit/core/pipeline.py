@@ -31,6 +31,7 @@ from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
 from tunekit.core.run import adapter_files, checkpoint, files, run_report
 from tunekit.core.run.export import Parts
+from tunekit.core.run.gauge import Gauge, tokens_of_steps
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.plan import Plan, count_parameters, standing_memory
@@ -235,6 +236,7 @@ class Pipeline:
         data = processes.in_turn(lambda: self._data(codec, context_length(self._base.config())))
         processes.check_same("what the data source gives", data.fingerprint)
         steps = self.trainer.planned_steps(len(data.train))
+        told.add(Gauge(device, tokens_of_steps(self.trainer, data.train.lengths, self.seed)))
         end = self.adapter.earliest_end(steps)
         context = self._context(device, codec=codec, total_steps=steps, earliest_end=end, run_directory=directory)
 

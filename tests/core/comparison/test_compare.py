@@ -9,12 +9,12 @@ import pytest
 
 import tunekit as tk
 from tunekit.core.comparison.arms import name_of
-from tunekit.core.comparison.budget import tokens_of_steps
 from tunekit.core.data import dataset
 from tunekit.core.data.batching import RowOrder
 from tunekit.core.data.codec import Codec
 from tunekit.core.model.base import Base
 from tunekit.core.registry import default_registry
+from tunekit.core.run.gauge import tokens_of_steps
 
 ROWS = [{"prompt": f"repeat {n}", "completion": " ".join([str(n)] * (1 + n % 5))} for n in range(23)]
 METHODS = (tk.LoRA(rank=2), tk.IA3())
@@ -266,7 +266,7 @@ def test_what_is_wrong_with_every_method_is_raised_before_anything_is_written(ti
     [
         ({"adapters": (tk.IA3(), tk.IA3())}, "compare.adapters: ia3 is given twice"),
         ({"adapters": ("lora",)}, r"compare.adapters\[0\]: expected an adapter method, got 'lora'"),
-        ({"budget": 100}, r"compare.budget: expected tk.Steps\(n\), tk.Tokens\(n\) or None, got 100"),
+        ({"budget": 100}, r"compare.budget: expected tk.Steps\(n\), tk.Tokens\(n\), tk.Minutes\(n\) or None, got 100"),
         ({"seeds": ()}, "compare.seeds: must be different numbers"),
         ({"seeds": (1, 1)}, "compare.seeds: must be different numbers"),
         ({"learning_rates": [0.1, 0.1]}, "compare.learning_rates: must be different numbers"),
@@ -319,6 +319,56 @@ def test_names_of_arms_are_safe_as_directories_and_tell_methods_apart():
         assert ".." not in name
 
 
+# Minutes --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_minutes_gives_each_method_the_steps_it_can_make_in_that_time(
+    tiny_directory, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("tunekit.core.run.gauge.time.monotonic", lambda: now[0])
+    for method, seconds in ((tk.LoRA, 0.5), (tk.IA3, 2.0)):
+
+        def after_step(self, model, step, seconds=seconds):
+            now[0] += seconds
+
+        monkeypatch.setattr(method, "after_step", after_step)
+    rows = [{"prompt": f"row {n:02}", "completion": "as long as all others"} for n in range(20)]
+    pipeline = make(tiny_directory, data=tk.InMemory(rows=rows))
+    options = {"directory": tmp_path, "budget": tk.Minutes(0.1)}
+    found = tk.compare(pipeline, METHODS, **options)
+    steps = {arm.name: arm.runs[0].steps for arm in found.arms}
+    lengths = {len({line["tokens"] for line in found.run(arm).history if "tokens" in line}) for arm in steps}
+    probed = json.loads((tmp_path / "probes.json").read_text(encoding="utf-8"))
+    assert probed["lora-rank-2"]["tokens_per_second"] == pytest.approx(4 * probed["ia3"]["tokens_per_second"])
+    # 6 seconds are 12 steps of half a second and 3 of two, but for rows at the end of an epoch, which fill no step.
+    assert steps["lora-rank-2"] in (12, 13, 14)
+    assert steps["ia3"] in (3, 4)
+    assert found.arms[0].runs[0].training_seconds == pytest.approx(0.5 * steps["lora-rank-2"])
+    assert lengths
+    assert re.search(rf"^ia3 .* {steps['ia3']} +\d+\.\d s$", str(found), re.MULTILINE)
+    assert str(found).startswith("0.1 minutes of training each, seed 0")
+    assert not list(tmp_path.glob(".probe*"))
+
+    before = (tmp_path / "probes.json").read_bytes()
+    now[0] += 100
+    assert tk.compare(pipeline, METHODS, **options) == found  # the steps stay as planned, and nothing is run again
+    assert (tmp_path / "probes.json").read_bytes() == before
+
+
+def test_a_method_whose_probe_fails_stops_no_other(tiny_directory, tmp_path):
+    found = tk.compare(
+        make(tiny_directory), (Brittle(rank=1), tk.IA3()), directory=tmp_path, budget=tk.Minutes(0.0001), seeds=(0, 1)
+    )
+    assert [arm.finished for arm in found.arms] == [False, True]
+    assert found.failures == [f"brittle-rank-1, seed {seed}: RuntimeError: out of something" for seed in (0, 1)]
+    with pytest.raises(tk.ConfigError, match=r"as tk\.SFT"):
+        tk.compare(
+            make(tiny_directory, trainer=tk.Transformers()), METHODS, directory=tmp_path / "b", budget=tk.Minutes(1)
+        )
+    assert not (tmp_path / "b").exists()
+
+
 # How it is shown ------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +415,9 @@ def test_the_table_has_the_base_beside_the_arms_and_no_column_of_nothing(compare
         "seconds",
     ]
     assert [line.split()[0] for line in shown.splitlines()[4:]] == ["base", "lora-rank-2", "ia3"]
-    assert compared._repr_html_().startswith("<pre>3 steps each")
+    html = compared._repr_html_()
+    assert html.startswith("<p>3 steps each")
+    assert "<th>ia3</th>" in html
 
 
 def test_a_comparison_is_read_again_where_it_was_moved_to(compared, tmp_path):

@@ -20,8 +20,12 @@ def clock(monkeypatch):
     return passes
 
 
+def run_in(directory, resumed=None):
+    return RunLog(directory=directory, observers=None, resumed=resumed)
+
+
 def finish(found, directory, resumed=None):
-    found.tunekit_run_finished(run=RunLog(directory=directory, observers=None, resumed=resumed), error=None)
+    found.tunekit_run_finished(run=run_in(directory, resumed), error=None)
     return json.loads((directory / gauge.MEASURED).read_text(encoding="utf-8"))
 
 
@@ -29,28 +33,37 @@ def test_the_first_step_evaluations_and_checkpoints_are_left_out(tmp_path, clock
     found = Gauge("cpu", iter([1000, 10, 20, 30, 40, 5000]))
     found.tunekit_run_started()
     clock(50)  # loading, the base's evaluation, the first step
-    found.tunekit_log(step=1, metrics={"loss": 1.0})
+    found.tunekit_log(run=run_in(tmp_path), step=1, metrics={"loss": 1.0})
     clock(2)
-    found.tunekit_log(step=3, metrics={"loss": 1.0})  # steps 2 and 3, 30 tokens in 2 seconds
+    found.tunekit_log(run=run_in(tmp_path), step=3, metrics={"loss": 1.0})  # steps 2 and 3, 30 tokens in 2 seconds
     clock(7)
-    found.tunekit_log(step=3, metrics={"validation/perplexity": 1.0})
+    found.tunekit_log(run=run_in(tmp_path), step=3, metrics={"validation/perplexity": 1.0})
     clock(5)
     found.tunekit_saved(step=3)
     clock(1)
-    found.tunekit_log(step=4, metrics={"loss": 1.0})  # 30 tokens in 1 second
+    found.tunekit_log(run=run_in(tmp_path), step=4, metrics={"loss": 1.0})  # 30 tokens in 1 second
     clock(35)
-    assert finish(found, tmp_path) == {"tokens_per_second": 60 / 3, "peak_memory": None, "seconds": 100.0}
+    assert finish(found, tmp_path) == {
+        "tokens_per_second": 60 / 3,
+        "training_seconds": 4.0,  # 3 seconds for 3 steps, and the first one at their speed
+        "peak_memory": None,
+        "seconds": 100.0,
+    }
+    lines = gauge.pace(tmp_path)
+    assert [(line["step"], line["tokens_per_second"]) for line in lines] == [(3, 15.0), (4, 30.0)]
+    assert all(line["memory"] > 2**20 for line in lines)
 
 
 def test_a_resumed_run_counts_the_tokens_of_its_own_steps_and_no_time_of_the_whole(tmp_path, clock):
     found = Gauge("cpu", iter([1, 2, 4, 8, 16]))
     found.tunekit_run_started()
     clock(3)
-    found.tunekit_log(step=3, metrics={"loss": 1.0})
+    found.tunekit_log(run=run_in(tmp_path), step=3, metrics={"loss": 1.0})
     clock(2)
-    found.tunekit_log(step=5, metrics={"loss": 1.0})
+    found.tunekit_log(run=run_in(tmp_path), step=5, metrics={"loss": 1.0})
     assert finish(found, tmp_path, resumed="a checkpoint") == {
         "tokens_per_second": 24 / 2,
+        "training_seconds": None,
         "peak_memory": None,
         "seconds": None,
     }
@@ -61,7 +74,7 @@ def test_what_cannot_be_known_is_null(tmp_path, clock, tokens):
     found = Gauge("cpu", tokens)
     found.tunekit_run_started()
     clock(3)
-    found.tunekit_log(step=1, metrics={"loss": 1.0})
+    found.tunekit_log(run=run_in(tmp_path), step=1, metrics={"loss": 1.0})
     assert finish(found, tmp_path)["tokens_per_second"] is None
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -15,6 +15,11 @@ from tunekit.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+TEN = ("#1f77b4", "#e6700a", "#2a9d3a", "#d43d3d", "#9467bd", "#a0624f", "#dd6fb9", "#808080", "#9c9d16", "#12a5b7")
+"""Ten colours that stand out from white and from black, and from each other."""
+STYLES = ("-", "--", ":", "-.")
 
 
 @attrs.frozen
@@ -26,20 +31,70 @@ class Point:
         cost: where it is from left to right.
         quality: where it is from bottom to top.
         error: how far its quality may be off, either way; None where that is not known.
+        colour: None for the next one.
     """
 
     name: str
     cost: float
     quality: float
     error: float | None = None
+    colour: str | None = None
+
+
+@attrs.frozen
+class Line:
+    """A run in a plot of several.
+
+    Args:
+        history: what it logged.
+        colour: of the line.
+        style: of the line, by matplotlib's sign.
+        opacity: of the line.
+    """
+
+    history: Sequence[Mapping[str, float]]
+    colour: str
+    style: str
+    opacity: float = 1.0
 
 
 def curve(history: Sequence[Mapping[str, float]], metric: str) -> Figure:
     """A metric over optimizer steps; lines of the history without it are passed over."""
     figure, axes = _figure("step", metric)
-    lines = [line for line in history if metric in line]
-    axes.plot([line["step"] for line in lines], [line[metric] for line in lines], marker="." if len(lines) < 50 else "")
+    _line(axes, history, metric)
     return figure
+
+
+def panels(history: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> Figure:
+    """Metrics over the same optimizer steps, one above the other."""
+    figure, _ = _figure("step", metrics[0])
+    figure.clear()
+    stacked = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
+    for axes, metric in zip(stacked, metrics, strict=True):
+        _line(axes, history, metric)
+        axes.set_ylabel(metric.replace("_", " "))
+        axes.grid(alpha=0.3)
+    stacked[-1].set_xlabel("step")
+    figure.set_figheight(max(4.8, 2.4 * len(metrics)))
+    return figure
+
+
+def side_by_side(runs: Sequence[Line], metric: str) -> Figure:
+    """A metric over the optimizer steps of several runs, those of one name in one colour; without a legend.
+
+    Args:
+        runs: with what each of them logged; those that did not log the metric are passed over.
+        metric: which.
+    """
+    figure, axes = _figure("step", metric)
+    for run in runs:
+        _line(axes, run.history, metric, color=run.colour, linestyle=run.style, alpha=run.opacity)
+    return figure
+
+
+def colours(count: int) -> list[tuple[str, str]]:
+    """A colour and a line style for each of so many things, no two the same up to forty."""
+    return [(TEN[at % 10], STYLES[at // 10 % len(STYLES)]) for at in range(count)]
 
 
 def histogram(edges: Sequence[int], counts: Sequence[int], of: str) -> Figure:
@@ -81,6 +136,8 @@ def against(
     axis_names: tuple[str, str],
     better: tuple[Literal["min", "max"], Literal["min", "max"]],
     base: float | None = None,
+    *,
+    legend: bool = True,
 ) -> Figure:
     """Quality against cost, with the Pareto front: those that no other is better than in one and as good in the other.
 
@@ -89,10 +146,13 @@ def against(
         axis_names: of cost and quality.
         better: the better direction of each.
         base: the quality without training, a line across; None for none.
+        legend: whether the names are in the figure.
     """
     figure, axes = _figure(*axis_names)
     for point in points:
-        axes.errorbar([point.cost], [point.quality], yerr=point.error, fmt="o", capsize=3, label=point.name)
+        axes.errorbar(
+            [point.cost], [point.quality], yerr=point.error, fmt="o", capsize=3, label=point.name, color=point.colour
+        )
     front = pareto(points, better)
     axes.plot([point.cost for point in front], [point.quality for point in front], "--", color="grey", zorder=0)
     if base is not None:
@@ -100,7 +160,8 @@ def against(
     costs = [point.cost for point in points]
     if costs and min(costs) > 0 and max(costs) > 10 * min(costs):
         axes.set_xscale("log")
-    figure.legend(loc="outside lower center", ncols=2)  # names beside the points would cover each other
+    if legend:
+        figure.legend(loc="outside lower center", ncols=2)  # names beside the points would cover each other
     return figure
 
 
@@ -113,6 +174,13 @@ def pareto(points: Sequence[Point], better: tuple[str, str]) -> list[Point]:
         return any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in keys.values())
 
     return sorted((point for point in points if not beaten(keys[id(point)])), key=lambda point: point.cost)
+
+
+def _line(axes: Axes, history: Sequence[Mapping[str, float]], metric: str, **options: Any) -> None:
+    """A metric over the steps that have it; with points where they are few."""
+    lines = [line for line in history if metric in line]
+    marker = "." if len(lines) < 50 else ""
+    axes.plot([line["step"] for line in lines], [line[metric] for line in lines], marker=marker, **options)
 
 
 def _figure(horizontal: str, vertical: str) -> tuple[Figure, Axes]:

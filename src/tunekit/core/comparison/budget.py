@@ -1,15 +1,16 @@
-"""How long each method of a comparison is trained: some optimizer steps, or those in which it sees so many tokens."""
+"""How long each method of a comparison is trained: some optimizer steps, tokens, or minutes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, count
+import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import attrs
 
-from tunekit.core.data import batching
-from tunekit.core.fields import at_least, check_types
+from tunekit.core.fields import at_least, between, check_types, positive
 from tunekit.core.interfaces import Trainer
+from tunekit.core.run.gauge import tokens_of_steps
 from tunekit.errors import ConfigError
 
 
@@ -62,33 +63,29 @@ class Tokens:
         return f"{self.count:,} tokens"
 
 
-Budget = Steps | Tokens
-
-
 @attrs.frozen
-class TokensOfSteps:
-    """Tokens of the rows of each step, without end; see `tokens_of_steps`."""
+class Minutes:
+    """A budget of time: the steps that fit into so many minutes of training, by the speed of each method on a probe.
 
-    size: int
-    order: batching.Order
-    lengths: Sequence[int] = attrs.field(repr=False)
-    seed: int
-
-    def __iter__(self) -> Iterator[int]:
-        chosen = batching.RowOrder(lengths=self.lengths, batch_size=self.size, seed=self.seed, order=self.order)
-        for step in count(1):
-            yield sum(self.lengths[row] for row in chosen.of_step(step))
-
-
-def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> TokensOfSteps | None:
-    """Tokens of the rows of each step, without end; None for a trainer without the fields `batch_size` and `order`.
+    The schedule of the learning rate and some methods must know the number of steps before the first one, so time
+    cannot simply run out. Each method is first trained for a few steps, which are thrown away; the tokens a second of
+    those are the `Tokens` it gets. What the training then took is measured, too.
 
     Args:
-        trainer: its steps take rows as `batching.RowOrder` says.
-        lengths: tokens of each training row.
-        seed: of the run.
+        count: how many, of training: loading, evaluations and checkpoints come on top.
     """
-    fields = attrs.fields_dict(type(trainer))
-    if "batch_size" not in fields or "order" not in fields:
-        return None
-    return TokensOfSteps(trainer.batch_size, trainer.order, lengths, seed)  # type: ignore[attr-defined]
+
+    count: float = attrs.field(validator=[positive, between(0, math.inf)])
+
+    def __attrs_post_init__(self) -> None:
+        check_types(self)
+
+    def tokens(self, tokens_per_second: float) -> Tokens:
+        """What is learned from in this time at this speed."""
+        return Tokens(max(1, round(60 * self.count * tokens_per_second)))
+
+    def __str__(self) -> str:
+        return f"{self.count:g} minute{'s' * (self.count != 1)} of training"
+
+
+Budget = Steps | Tokens | Minutes

@@ -13,10 +13,11 @@ import attrs
 
 from tunekit.core import recipe
 from tunekit.core.common.secrets import redacted
-from tunekit.core.comparison import arms
+from tunekit.core.comparison import arms, probes
+from tunekit.core.comparison.arm_runs import NOT_YET, Arm, ArmRun
 from tunekit.core.comparison.arms import Method
-from tunekit.core.comparison.budget import Budget, Steps, Tokens, tokens_of_steps
-from tunekit.core.comparison.comparison import NOT_YET, Arm, ArmRun, Comparison, run_directory
+from tunekit.core.comparison.budget import Budget, Minutes, Steps, Tokens
+from tunekit.core.comparison.comparison import Comparison, run_directory
 from tunekit.core.comparison.shared_base import SharedBase
 from tunekit.core.component import Context
 from tunekit.core.data import dataset
@@ -28,7 +29,7 @@ from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
 from tunekit.core.run import files
-from tunekit.core.run.gauge import MEASURED, Gauge
+from tunekit.core.run.gauge import MEASURED
 from tunekit.core.run.measuring import check_names
 from tunekit.core.training.parallel import check_alone
 from tunekit.errors import ConfigError, TunekitError
@@ -77,7 +78,7 @@ def compare(
         pipeline: all but the method, the seed and the learning rate.
         adapters: the methods; None takes the pipeline's own, which makes sense with several learning rates or seeds.
         directory: of the comparison.
-        budget: `tunekit.Steps` or `tunekit.Tokens`, the same for all; None leaves it to the trainer.
+        budget: `tunekit.Steps`, `tunekit.Tokens` or `tunekit.Minutes`, the same for all; None leaves it to the trainer.
         seeds: each arm is run with each. A seed chooses the initial adapter, the order of rows, dropout, and where the
             validation is a share, the held-out rows.
         learning_rates: each is tried with each method, as an arm of its own; None takes each method's own, whatever the
@@ -94,15 +95,33 @@ def compare(
     _check_arguments(budget, seeds, learning_rates)
     check_names(pipeline.evaluators)
     methods = arms.methods(pipeline, (pipeline.adapter,) if adapters is None else tuple(adapters), learning_rates)
-    trials = [trial for seed in seeds for trial in _trials(methods, seed, budget, directory)]
+    names = [method.name for method in methods]
+    device, shared = "cpu" if on else choose_device(pipeline.device), SharedBase()
+    errors: dict[Path, str] = {}
+
+    def settle() -> bool:
+        unchanged = shared.take_back()
+        _free_memory(device)
+        return unchanged
+
+    budgets: Mapping[str, Steps | Tokens | None]
+    if isinstance(budget, Minutes):
+        if on:
+            raise ConfigError("how fast a cluster trains is not known here; use tk.Steps or tk.Tokens", "compare.budget")
+        # For what is wrong with all: before anything is written. The steps are known after the probes.
+        for seed in seeds:
+            _trials(methods, seed, dict.fromkeys(names, Tokens(1)), directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        found, failed = probes.budgets(methods, budget, seeds[0], directory, shared.load, settle)
+        budgets = {name: found.get(name, Tokens(1)) for name in names}
+        errors |= {run_directory(directory, name, seed): why for name, why in failed.items() for seed in seeds}
+    else:
+        budgets = dict.fromkeys(names, budget)
+    trials = [trial for seed in seeds for trial in _trials(methods, seed, budgets, directory)]
     base = Base(model=pipeline.model, revision=pipeline.revision, trust_remote_code=pipeline.trust_remote_code)
     known = fingerprint.fingerprint(base)
     for trial in trials:
         _check_same(trial, known)
-
-    device = "cpu" if on else choose_device(pipeline.device)
-    errors: dict[Path, str] = {}
-    shared = SharedBase()
 
     def so_far() -> Comparison:
         return Comparison(
@@ -114,7 +133,7 @@ def compare(
         )
 
     directory.mkdir(parents=True, exist_ok=True)
-    todo = [trial for trial in trials if not (trial.directory / files.RESULT).is_file()]
+    todo = [one for one in trials if not (one.directory / files.RESULT).is_file() and one.directory not in errors]
     if on:
         with closing(on.make_all([_job(trial, observers) for trial in todo])) as made:
             for at, error in made:
@@ -129,9 +148,8 @@ def compare(
             _run(trial, observers, shared.load)
         except Exception as error:  # one method's failure is a result of the comparison, not its end
             errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
-        if not shared.take_back():
+        if not settle():
             logger.info("%s changed the base, which is loaded again", trial.method.name)
-        _free_memory(device)
         so_far().save()
     comparison = so_far()
     comparison.save()
@@ -139,14 +157,18 @@ def compare(
 
 
 def _check_arguments(budget: Budget | None, seeds: Sequence[int], learning_rates: Sequence[float] | None) -> None:
-    if not isinstance(budget, Steps | Tokens | None):
-        raise ConfigError(f"expected tk.Steps(n), tk.Tokens(n) or None, got {budget!r}", "compare.budget")
+    if not isinstance(budget, Steps | Tokens | Minutes | None):
+        raise ConfigError(
+            f"expected tk.Steps(n), tk.Tokens(n), tk.Minutes(n) or None, got {budget!r}", "compare.budget"
+        )
     for name, values in (("seeds", seeds), ("learning_rates", learning_rates)):
         if values is not None and (not values or len(set(values)) < len(values)):
             raise ConfigError(f"must be different numbers, at least one, got {values!r}", f"compare.{name}")
 
 
-def _trials(methods: Sequence[Method], seed: int, budget: Budget | None, directory: Path) -> list[Trial]:
+def _trials(
+    methods: Sequence[Method], seed: int, budgets: Mapping[str, Steps | Tokens | None], directory: Path
+) -> list[Trial]:
     """The runs with one seed. ConfigError if they would not have the same rows."""
     seeded = [attrs.evolve(method.pipeline, seed=seed) for method in methods]
     data = _data(seeded)
@@ -159,7 +181,7 @@ def _trials(methods: Sequence[Method], seed: int, budget: Budget | None, directo
         )
     trials = []
     for method, pipeline, found in zip(methods, seeded, data, strict=True):
-        if budget:
+        if budget := budgets[method.name]:
             steps = budget.steps(pipeline.trainer, reference.train.lengths, seed)
             pipeline = attrs.evolve(pipeline, trainer=arms.with_fields(pipeline.trainer, max_steps=steps))
         trials.append(
@@ -226,10 +248,7 @@ def _check_same(trial: Trial, base: Mapping[str, Any]) -> None:
 def _job(trial: Trial, observers: Sequence[object]) -> Job:
     """The run to be made, or to be gone on with."""
     resume = (trial.directory / files.RECIPE).is_file()
-    lengths = list(trial.data.train.lengths) if trial.data else []
-    tokens = tokens_of_steps(trial.pipeline.trainer, lengths, trial.pipeline.seed) if lengths else None
-    gauge = Gauge(trial.pipeline.device, tokens)
-    return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=(gauge, *observers))
+    return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=tuple(observers))
 
 
 def _run(trial: Trial, observers: Sequence[object], load: LoadBase) -> None:

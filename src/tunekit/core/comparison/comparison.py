@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import html
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from tunekit.core.common import plots
-from tunekit.core.common.intervals import half_width
-from tunekit.core.common.table import table
+from tunekit.core.common.table import html_table, table
+from tunekit.core.comparison.arm_runs import COSTS, NOT_YET, Arm, ArmRun, Direction
 from tunekit.core.fields import did_you_mean
 from tunekit.core.opening import open_run
 from tunekit.core.run.files import read_json, write_json
@@ -23,83 +22,9 @@ from tunekit.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tunekit.core.comparison.comparison_report import ComparisonReport
+
 FILE = "comparison.json"
-NOT_YET = "not run yet"
-"""The error of a run that was not made: the comparison goes on, or was stopped."""
-Direction = Literal["min", "max"]
-COSTS: Mapping[str, Direction] = {
-    "trainable_parameters": "min",
-    "peak_memory": "min",
-    "tokens_per_second": "max",
-    "adapter_bytes": "min",
-    "seconds": "min",
-}
-"""What is compared besides quality, and which direction is better."""
-
-
-@attrs.frozen(kw_only=True)
-class ArmRun:
-    """One run of an arm: a method, trained with one seed.
-
-    Args:
-        seed: of the run.
-        steps: optimizer steps it was trained for.
-        error: why it failed, with the name of the exception; None if it finished. What follows is then empty.
-        metrics: of the tuned model.
-        base_metrics: of its base, by the same code on the same rows.
-        trainable_parameters: parameters that training changes.
-        peak_memory: bytes; None on the CPU, where they cannot be told apart from those of the process.
-        tokens_per_second: of training rows, while training; None where it was not measured.
-        adapter_bytes: size on disk of the adapter directory.
-        seconds: the whole run with its evaluations, and the first time in a process the import of libraries; None if it
-            was resumed.
-    """
-
-    seed: int
-    steps: int
-    error: str | None = None
-    metrics: Mapping[str, float] = attrs.field(factory=dict)
-    base_metrics: Mapping[str, float] = attrs.field(factory=dict)
-    trainable_parameters: int | None = None
-    peak_memory: int | None = None
-    tokens_per_second: float | None = None
-    adapter_bytes: int | None = None
-    seconds: float | None = None
-
-
-@attrs.frozen(kw_only=True)
-class Arm:
-    """One line of a comparison: a method with a learning rate.
-
-    Args:
-        name: also that of its directory.
-        adapter: the method, as in a recipe.
-        quantization: the scheme its base is stored in; None for a plain base.
-        learning_rate: the highest; None if the trainer does not say.
-        runs: one a seed.
-    """
-
-    name: str
-    adapter: Mapping[str, Any]
-    quantization: str | None
-    learning_rate: float | None
-    runs: tuple[ArmRun, ...]
-
-    @property
-    def finished(self) -> bool:
-        """Whether every run of it finished."""
-        return all(run.error is None for run in self.runs)
-
-    def mean(self, name: str) -> tuple[float | None, float | None]:
-        """Mean over the finished runs, and half of its 95 % interval, of a metric, of `base_` and a metric, or a cost.
-
-        None where there is no such figure, and None for the interval where there are not two runs.
-        """
-        values = [value for run in self.runs if (value := _figure(run, name)) is not None]
-        if not values:
-            return None, None
-        # What is the same in every run, such as a count, stays as it is.
-        return values[0] if len(set(values)) == 1 else statistics.fmean(values), half_width(values)
 
 
 @attrs.frozen(kw_only=True)
@@ -161,43 +86,76 @@ class Comparison:
 
         Args:
             metric: one of `better`.
-            cost: "trainable_parameters", "peak_memory", "tokens_per_second", "adapter_bytes" or "seconds".
+            cost: "trainable_parameters", "peak_memory", "tokens_per_second", "adapter_bytes", "seconds" or
+                "training_seconds".
 
         Raises ConfigError without matplotlib, and for a name that is neither.
         """
         self._check(metric, self.better)
         self._check(cost, COSTS)
+        better = (COSTS[cost], self.better[metric])
+        return plots.against(self.points(metric, cost), (cost, metric), better, self.base(metric))
+
+    def points(self, metric: str, cost: str, colours: Mapping[str, str] | None = None) -> list[plots.Point]:
+        """What `plot` draws: an arm a point, of those that have both figures; `colours` by arm, None for any."""
         points = []
         for arm in self.arms:
             (quality, interval), (spent, _) = arm.mean(metric), arm.mean(cost)
             if quality is not None and spent is not None:
-                points.append(plots.Point(arm.name, spent, quality, interval))
+                points.append(plots.Point(arm.name, spent, quality, interval, (colours or {}).get(arm.name)))
+        return points
+
+    def base(self, metric: str) -> float | None:
+        """The metric without training; None where it was not measured, or the arms stand on different bases."""
         bases = {arm.mean(f"base_{metric}")[0] for arm in self.arms} - {None}
-        base = bases.pop() if len(bases) == 1 else None
-        return plots.against(points, (cost, metric), (COSTS[cost], self.better[metric]), base)
+        return bases.pop() if len(bases) == 1 else None
 
     def save(self) -> None:
         """Write `comparison.json`."""
         write_json(self.directory / FILE, attrs.asdict(self, filter=lambda field, _: field.name != "directory"))
 
     def __str__(self) -> str:
+        parts = [
+            self.title,
+            table(*self.table()),
+            "\n".join(f"failed: {failure}" for failure in self.failures),
+            self.waiting,
+        ]
+        return "\n\n".join(filter(None, parts))
+
+    def _repr_html_(self) -> str:
+        lines = [f"failed: {failure}" for failure in self.failures] + [self.waiting]
+        below = "".join(f"<p>{html.escape(line)}</p>" for line in lines if line)
+        return f"<p>{html.escape(self.title)}</p>{html_table(*self.table())}{below}"
+
+    @property
+    def title(self) -> str:
+        """The budget and the seeds in a line."""
+        seeds = f"seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
+        return f"{self.budget} each, {seeds}" + ("; mean ± half of its 95 % interval" if len(self.seeds) > 1 else "")
+
+    @property
+    def waiting(self) -> str:
+        """How many runs are still to be made, as a sentence; empty for none."""
+        count = len(list(self._lacking())) - len(self.failures)
+        return f"{count} run{'s are' if count != 1 else ' is'} not made yet" if count else ""
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """The header and the rows of the table as texts: the bases, and every arm in the order given."""
         header = ["arm", *self.better, "learning rate", "trainable", "memory", "tokens/s", "adapter", "seconds"]
+        header += ["steps", "training"] if self._in_time else []
         lines = [["base" if scheme is None else f"base, {scheme}", *cells] for scheme, cells in self._bases()]
         lines += [[arm.name, *self._cells(arm)] for arm in self.arms]
         lines = [line + [""] * (len(header) - len(line)) for line in lines]
         # What was measured nowhere needs no column: memory on the CPU.
         kept = [at for at in range(len(header)) if at == 0 or any(line[at] not in ("", "-") for line in lines)]
-        seeds = f"seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
-        parts = [
-            f"{self.budget} each, {seeds}" + ("; mean ± half of its 95 % interval" if len(self.seeds) > 1 else ""),
-            table([header[at] for at in kept], [[line[at] for at in kept] for line in lines]),
-            "\n".join(f"failed: {failure}" for failure in self.failures),
-            f"{waiting} runs are not made yet" if (waiting := len(list(self._lacking())) - len(self.failures)) else "",
-        ]
-        return "\n\n".join(filter(None, parts))
+        return [header[at] for at in kept], [[line[at] for at in kept] for line in lines]
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+    def report(self) -> ComparisonReport:
+        """All of it on one HTML page: table, plots, curves, failures; `comparison.report().save("methods.html")`."""
+        from tunekit.core.comparison.comparison_report import ComparisonReport
+
+        return ComparisonReport(self)
 
     def _row(self, arm: Arm) -> dict[str, Any]:
         row: dict[str, Any] = {"arm": arm.name, "method": arm.adapter["use"], "learning_rate": arm.learning_rate}
@@ -219,6 +177,11 @@ class Comparison:
             if measured:
                 yield scheme, [_quality(*measured.mean(f"base_{metric}")) for metric in self.better]
 
+    @property
+    def _in_time(self) -> bool:
+        """Whether the arms were trained for as long, not for as many steps."""
+        return any(len({arm.runs[at].steps for arm in self.arms}) > 1 for at in range(len(self.seeds)))
+
     def _cells(self, arm: Arm) -> list[str]:
         shown: Mapping[str, Any] = {
             "trainable_parameters": lambda number: f"{number:,.0f}",
@@ -228,11 +191,15 @@ class Comparison:
             "seconds": lambda number: f"{number:,.1f}",
         }
         costs = {name: arm.mean(name)[0] for name in COSTS}
+        steps = ", ".join(dict.fromkeys(f"{run.steps:,}" for run in arm.runs))
+        took = costs["training_seconds"]
+        in_time = [steps, "-" if took is None else f"{took:,.1f} s"] if self._in_time else []
         state = "failed" if any(run.error not in (None, NOT_YET) for run in arm.runs) else "unfinished"
         return [
             *(state if not arm.finished else _quality(*arm.mean(metric)) for metric in self.better),
             "-" if arm.learning_rate is None else f"{arm.learning_rate:g}",
             *("-" if costs[name] is None else show(costs[name]) for name, show in shown.items()),
+            *in_time,
         ]
 
     @staticmethod
@@ -252,13 +219,6 @@ def open_comparison(directory: str | Path) -> Comparison:
 def run_directory(directory: Path, arm: str, seed: int) -> Path:
     """Where the run of an arm is."""
     return directory / arm / f"seed-{seed}"
-
-
-def _figure(run: ArmRun, name: str) -> float | None:
-    if name in COSTS:
-        found: float | None = getattr(run, name)
-        return found
-    return run.base_metrics.get(name.removeprefix("base_")) if name.startswith("base_") else run.metrics.get(name)
 
 
 def _quality(mean: float | None, half: float | None) -> str:

@@ -1,62 +1,76 @@
-"""What a run of a comparison is measured by while it goes on: speed, peak memory, time."""
+"""What a run is measured by while it goes on: speed, memory, time."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
 
 import attrs
 
+from tunekit.core.data import batching
 from tunekit.core.hookspecs import hookimpl
-from tunekit.core.model.base import choose_device
+from tunekit.core.interfaces import Trainer
 from tunekit.core.run.files import write_json
 from tunekit.core.run.run_log import RunLog
 
 MEASURED = "measured.json"
+PACE = "pace.jsonl"
 
 
 @attrs.define(eq=False)
 class Gauge:
-    """An observer of one run that writes `measured.json` into its directory when it finishes.
+    """An observer of one run that writes `measured.json` into its directory when it finishes, and `pace.jsonl` before.
 
     - `tokens_per_second`: tokens of the training rows, padding not counted, by the time between log lines of training.
       The first step, evaluations and checkpoints are left out; null where the trainer does not say which rows a step
       takes, or where nothing is left.
+    - `training_seconds`: the time of these steps, for as many steps as the run took; null if it was resumed.
     - `peak_memory`: bytes, by torch's `max_memory_allocated`, of the whole run; null on the CPU, where torch does not
       count, and what the operating system counts is of the whole process.
     - `seconds`: the whole run, loading and evaluations included; null if it was resumed.
 
+    A line of `pace.jsonl` has a step and what was measured since the line before: `tokens_per_second`, and `memory`:
+    bytes, on the CPU those that the process has in memory now, on CUDA the most that were allocated up to now.
+
     Args:
-        device: where the run is; None for the one that is chosen there.
+        device: where the run is.
         tokens: of the rows of each step, from the first on; None where that is not known.
     """
 
-    device: str | None
-    tokens: Iterable[int] | None
+    device: str
+    tokens: Iterator[int] | None
     _began: float = 0.0
     _mark: tuple[int, float] | None = None
-    _timed: set[int] = attrs.field(factory=set)
+    _passed: int = 0
+    _timed_steps: int = 0
+    _timed_tokens: int = 0
     _training: float = 0.0
 
     @hookimpl
     def tunekit_run_started(self) -> None:
         """Start to measure."""
         self._began = time.monotonic()
-        self.device = choose_device(self.device)
         if self.device.startswith("cuda"):
             import torch
 
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @hookimpl
-    def tunekit_log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def tunekit_log(self, run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
         """Count the time since the last mark, if it was spent on training."""
         now = time.monotonic()
         if self._mark is not None and step > self._mark[0]:
-            self._timed |= set(range(self._mark[0] + 1, step + 1))
-            self._training += now - self._mark[1]
-        self._mark = (step, now)  # an evaluation is logged under the step just logged: its time is passed over
+            tokens, seconds = self._tokens(self._mark[0], step), now - self._mark[1]
+            self._timed_steps += step - self._mark[0]
+            self._timed_tokens += tokens or 0
+            self._training += seconds
+            line = {"step": step, "tokens_per_second": tokens and tokens / seconds, "memory": self._memory()}
+            with (run.directory / PACE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self._mark = (step, time.monotonic())  # an evaluation is logged under the step just logged: it is passed over
 
     @hookimpl
     def tunekit_saved(self, step: int) -> None:
@@ -67,22 +81,59 @@ class Gauge:
     def tunekit_run_finished(self, run: RunLog, error: BaseException | None) -> None:
         """Write what was measured, unless the run failed."""
         if error is None:
+            whole = run.resumed is None
             found = {
-                "tokens_per_second": self._speed(),
-                "peak_memory": self._peak(),
-                "seconds": None if run.resumed else round(time.monotonic() - self._began, 3),
+                "tokens_per_second": self._timed_tokens / self._training if self._timed_tokens else None,
+                "training_seconds": self._training_seconds() if whole else None,
+                "peak_memory": self._memory() if self.device.startswith("cuda") else None,
+                "seconds": round(time.monotonic() - self._began, 3) if whole else None,
             }
             write_json(run.directory / MEASURED, found)
 
-    def _speed(self) -> float | None:
-        if self.tokens is None or not self._timed or not self._training:
+    def _tokens(self, after: int, step: int) -> int | None:
+        """Tokens of the steps after one and up to another; steps are asked for in their order."""
+        if self.tokens is None:
             return None
-        per_step = enumerate(islice(self.tokens, max(self._timed)), start=1)
-        return sum(tokens for step, tokens in per_step if step in self._timed) / self._training
+        some = list(islice(self.tokens, step - self._passed))[after - self._passed :]
+        self._passed = step
+        return sum(some)
 
-    def _peak(self) -> int | None:
-        if self.device is None or not self.device.startswith("cuda"):
+    def _training_seconds(self) -> float | None:
+        if self._mark is None or not self._timed_steps:
             return None
-        import torch
+        return round(self._training / self._timed_steps * self._mark[0], 3)
 
-        return int(torch.cuda.max_memory_allocated(self.device))
+    def _memory(self) -> int:
+        if self.device.startswith("cuda"):
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self.device))
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def pace(directory: Path) -> list[dict[str, float]]:
+    """The lines of a run's `pace.jsonl`, one a step: the last, where it was taken again after a resume."""
+    path = directory / PACE
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    by_step = {line["step"]: {name: value for name, value in line.items() if value is not None} for line in lines}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> Iterator[int] | None:
+    """Tokens of the rows of each step, without end; None for a trainer without the fields `batch_size` and `order`.
+
+    Args:
+        trainer: its steps take rows as `batching.rows_of_step` says.
+        lengths: tokens of each training row.
+        seed: of the run.
+    """
+    fields = attrs.fields_dict(type(trainer))
+    if "batch_size" not in fields or "order" not in fields:
+        return None
+    size = trainer.batch_size  # type: ignore[attr-defined]
+    order: batching.Order = trainer.order  # type: ignore[attr-defined]
+    # By epochs, not by `rows_of_step`, which makes the order of the whole epoch anew for every step.
+    epochs = (batching.epoch_order(len(lengths), epoch, seed, order) for epoch in count())
+    return (sum(lengths[row] for row in rows[at : at + size]) for rows in epochs for at in range(0, len(rows), size))

@@ -26,11 +26,15 @@ class Observers:
         for name, module in registry.modules().items():
             self._manager.register(module, name)
         for observer in extra:
-            try:
-                self._manager.register(observer)
-            except pluggy.PluginValidationError as error:
-                raise PluginError(f"an observer asks for what its hook does not offer: {error}") from None
-            check_hooks(self._manager, observer)
+            self.add(observer)
+
+    def add(self, observer: object) -> None:
+        """Have one more object with hook methods observe the run; PluginError for one that cannot."""
+        try:
+            self._manager.register(observer)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"an observer asks for what its hook does not offer: {error}") from None
+        check_hooks(self._manager, observer)
 
     def emit(self, hook: str, **arguments: object) -> None:
         """Call every implementation of `hook` with the arguments it asks for."""

@@ -67,18 +67,23 @@ class Run:
         """What was logged, one mapping a log call, each with its "step"."""
         return files.history(self.directory)
 
-    def plot(self, metric: str = "loss") -> Figure:
+    def plot(self, metric: str | Sequence[str] = "loss") -> Figure:
         """What was logged of a metric over the steps, as a matplotlib figure: `run.plot("loss").savefig("loss.png")`.
 
         Args:
-            metric: a name in `history`: "loss", "learning_rate", "grad_norm", "validation/perplexity".
+            metric: a name in `history`: "loss", "learning_rate", "grad_norm", "validation/perplexity"; or several,
+                which are drawn one above the other.
 
         Raises ConfigError for a name that was not logged, and without matplotlib.
         """
         logged = {name for line in self.history for name in line} - {"step"}
-        if metric not in logged:
-            raise ConfigError(f"{metric!r} was not logged{did_you_mean(metric, logged)}", "Run.plot")
-        return plots.curve(self.history, metric)
+        names = [metric] if isinstance(metric, str) else list(metric)
+        for name in names:
+            if name not in logged:
+                raise ConfigError(f"{name!r} was not logged{did_you_mean(name, logged)}", "Run.plot")
+        if not names:
+            raise ConfigError("names no metric", "Run.plot")
+        return plots.curve(self.history, names[0]) if len(names) == 1 else plots.panels(self.history, names)
 
     @cached_property
     def evaluations(self) -> Mapping[str, Mapping[str, Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
-from importlib import resources
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -14,34 +12,33 @@ from typing import TYPE_CHECKING, Any
 from tunekit.core import recipe
 from tunekit.core.common import plots
 from tunekit.core.common.secrets import redacted
-from tunekit.core.common.writing import replace
 from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import Trainer
 from tunekit.core.run import files, overview
-from tunekit.core.run.model_card import PACKAGES, fields_line, portable
+from tunekit.core.run.gauge import MEASURED, pace
+from tunekit.core.run.html_report import HtmlReport, drawn, environment_lines
+from tunekit.core.run.model_card import fields_line, portable
 from tunekit.core.run.run_log import RunLog
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from tunekit.core.data.dataset import Data
 
 FILE = "report.html"
-MEASURED = "measured.json"
-STYLE, BODY = "run_report.css", "run_report.html"
 MOST_CURVES = 12
 """A page with more curves than this is not looked at, and takes long to draw."""
 MOST_LINES = 20
 """So many lines of figures stand for the curves where they cannot be drawn."""
+FEWEST_STEPS = 8
+"""Speed and memory of fewer steps are no curve."""
 FIRST_CURVES = ("loss", "learning_rate", "grad_norm")
 NOT_CURVES = ("step", "tokens", "skipped", "stopped")
 ROUTINE = ("started", "saved ", "finished")
 """How lines of the log begin that every run has."""
 
 
-class RunReport:
+class RunReport(HtmlReport):
     """A report on a run, finished: shows itself in a notebook, and writes one HTML file that needs no network.
 
     Everything is read from the run directory: neither the data nor the model is needed.
@@ -50,36 +47,8 @@ class RunReport:
         directory: the run directory.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def html(self) -> str:
-        """The page, whole. Everything from the run is escaped."""
-        head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        head += '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        return f"{head}<title>tunekit run</title></head><body style='margin:0'>\n{self._fragment}\n</body></html>\n"
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return the path."""
-        path = Path(path)
-        replace(path, self.html())
-        return path
-
-    def __repr__(self) -> str:
-        return f"RunReport({str(self.directory)!r})"
-
-    def _repr_html_(self) -> str:
-        return self._fragment
-
-    @cached_property
-    def _fragment(self) -> str:
-        import jinja2
-
-        package = resources.files("tunekit.core.run")
-        style, body = ((package / name).read_text(encoding="utf-8") for name in (STYLE, BODY))
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        return redacted(f"<style>{style}</style>\n{environment.from_string(body).render(self._content())}")
+    title = "tunekit run"
+    body = ("tunekit.core.run", "run_report.html")
 
     def _content(self) -> dict[str, Any]:
         place = self.directory
@@ -91,6 +60,8 @@ class RunReport:
         return {
             "name": place.resolve().name,
             "call": repr(place.resolve().name),
+            "adapter": repr(f"{place.resolve().name}/{files.ADAPTER}"),
+            "by_peft": (place / files.ADAPTER / "adapter_config.json").is_file(),
             "model": portable(table["model"]),
             "made_of": _made_of(table),
             "data": _data(result),
@@ -99,11 +70,11 @@ class RunReport:
             "plan": _plan(result, kept.get("planned", {}), measured, history),
             "metrics": _metrics(result),
             "prompted": list(result.get("prompted", {})),
-            "curves": _curves(history),
+            "curves": _curves([*history, *_pace(place, environment["device"])]),
             "figures": _figures(history),
             "samples": _samples(evaluations),
             "notes": _notes(place / files.LOG),
-            "environment": _environment(environment),
+            "environment": environment_lines(environment),
         }
 
 
@@ -160,12 +131,14 @@ def _plan(
     parameters = result["parameters"]
     share = parameters["trainable"] / parameters["total"]
     speed, memory = measured.get("tokens_per_second"), measured.get("peak_memory")
+    training = measured.get("training_seconds")
     resumes = len(result["resumes"])
     return [
         ["optimizer steps", _number(planned.get("steps")), _number(result["training"]["steps"])],
         ["highest learning rate", _number(planned.get("learning_rate")), _number(max(rates, default=None))],
         ["trained parameters", "-", f"{parameters['trainable']:,} of {parameters['total']:,} ({share:.2%})"],
         ["seconds", "-", f"{result['seconds']:,.1f}" + (" since it was resumed" if resumes else "")],
+        *([["of them training", "-", f"{training:,.1f}"]] if training else []),
         *([["tokens a second", "-", f"{speed:,.0f}"]] if speed else []),
         *([["peak memory", "-", f"{memory / 2**20:,.0f} MiB"]] if memory else []),
         *([["resumed", "-", f"{resumes} time{'s' * (resumes != 1)}"]] if resumes else []),
@@ -193,7 +166,18 @@ def _curves(history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
     """The names and SVGs of what was logged; none without matplotlib."""
     if not find_spec("matplotlib"):
         return []
-    return [(name, _drawn(plots.curve(history, name), name)) for name in _names(history)[:MOST_CURVES]]
+    return [(name, drawn(plots.curve(history, name), name)) for name in _names(history)[:MOST_CURVES]]
+
+
+def _pace(place: Path, device: str) -> list[dict[str, float]]:
+    """Speed and memory over the steps; none of a run so short that nothing could be seen."""
+    memory = "peak memory so far (MiB)" if device.startswith("cuda") else "memory of the process (MiB)"
+    lines = [
+        {"step": line["step"], "tokens a second": line.get("tokens_per_second"), memory: line["memory"] / 2**20}
+        for line in pace(place)
+    ]
+    known = [{name: value for name, value in line.items() if value is not None} for line in lines]
+    return known if len(known) >= FEWEST_STEPS else []
 
 
 def _lengths(histogram: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -201,14 +185,8 @@ def _lengths(histogram: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     edges, counts = histogram["edges"], histogram["counts"]
     spans = [f"{low} to {high - 1}" if high - low > 1 else str(low) for low, high in pairwise(edges)]
     table = [[span, f"{count:,}"] for span, count in zip(spans, counts, strict=True) if count]
-    drawn = _drawn(plots.histogram(edges, counts, "tokens"), "lengths") if find_spec("matplotlib") else None
-    return {"svg": drawn, "table": table}
-
-
-def _drawn(figure: Figure, name: str) -> str:
-    figure.axes[0].locator_params(nbins=6)  # most of the time goes into the numbers on the axes
-    figure.axes[0].set_ylabel("")  # the caption says it, and a name is nothing for matplotlib to read formulas in
-    return plots.svg(figure, name)
+    svg = drawn(plots.histogram(edges, counts, "tokens"), "lengths") if find_spec("matplotlib") else None
+    return {"svg": svg, "table": table}
 
 
 def _figures(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -252,14 +230,6 @@ def _notes(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     said = [line.partition(" ")[2] for line in lines]
     return [line for line in dict.fromkeys(said) if line and not line.startswith(ROUTINE)]
-
-
-def _environment(environment: Mapping[str, Any]) -> list[list[str]]:
-    packages = environment["packages"]
-    names = ("device", "dtype", "seed", "python", "platform")
-    lines = [[name, str(environment[name])] for name in names]
-    lines += [[name, packages[name]] for name in PACKAGES if name in packages]
-    return lines + [["plugin " + name, made] for name, made in environment["components"].items()]
 
 
 def _number(value: float | None) -> str:
