@@ -67,14 +67,14 @@ def curve(history: Sequence[Mapping[str, float]], metric: str) -> Figure:
 
 def panels(history: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> Figure:
     """Metrics over the same optimizer steps, one above the other."""
-    figure, _ = _figure("step", metrics[0])
+    figure, axes = _figure("step", metrics[0])
     figure.clear()
-    stacked = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
+    stacked = list(figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0])
     for axes, metric in zip(stacked, metrics, strict=True):
         _line(axes, history, metric)
         axes.set_ylabel(metric.replace("_", " "))
         axes.grid(alpha=0.3)
-    stacked[-1].set_xlabel("step")
+    axes.set_xlabel("step")
     figure.set_figheight(max(4.8, 2.4 * len(metrics)))
     return figure
 

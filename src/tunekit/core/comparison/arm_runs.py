@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -90,6 +91,11 @@ class Arm:
             return None, None
         # What is the same in every run, such as a count, stays as it is.
         return values[0] if len(set(values)) == 1 else statistics.fmean(values), half_width(values)
+
+
+def run_directory(directory: Path, arm: str, seed: int) -> Path:
+    """Where the run of an arm is."""
+    return directory / arm / f"seed-{seed}"
 
 
 def _figure(run: ArmRun, name: str) -> float | None:

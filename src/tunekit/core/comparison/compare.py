@@ -14,10 +14,10 @@ import attrs
 from tunekit.core import recipe
 from tunekit.core.common.secrets import redacted
 from tunekit.core.comparison import arms, probes
-from tunekit.core.comparison.arm_runs import NOT_YET, Arm, ArmRun
+from tunekit.core.comparison.arm_runs import NOT_YET, Arm, ArmRun, run_directory
 from tunekit.core.comparison.arms import Method
 from tunekit.core.comparison.budget import Budget, Minutes, Steps, Tokens
-from tunekit.core.comparison.comparison import Comparison, run_directory
+from tunekit.core.comparison.comparison import Comparison
 from tunekit.core.comparison.shared_base import SharedBase
 from tunekit.core.component import Context
 from tunekit.core.data import dataset

@@ -12,7 +12,8 @@ import attrs
 
 from tunekit.core.common import plots
 from tunekit.core.common.table import html_table, table
-from tunekit.core.comparison.arm_runs import COSTS, NOT_YET, Arm, ArmRun, Direction
+from tunekit.core.comparison.arm_runs import COSTS, NOT_YET, Arm, ArmRun, Direction, run_directory
+from tunekit.core.comparison.comparison_report import ComparisonReport
 from tunekit.core.fields import did_you_mean
 from tunekit.core.opening import open_run
 from tunekit.core.run.files import read_json, write_json
@@ -21,8 +22,6 @@ from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from tunekit.core.comparison.comparison_report import ComparisonReport
 
 FILE = "comparison.json"
 
@@ -153,8 +152,6 @@ class Comparison:
 
     def report(self) -> ComparisonReport:
         """All of it on one HTML page: table, plots, curves, failures; `comparison.report().save("methods.html")`."""
-        from tunekit.core.comparison.comparison_report import ComparisonReport
-
         return ComparisonReport(self)
 
     def _row(self, arm: Arm) -> dict[str, Any]:
@@ -214,11 +211,6 @@ def open_comparison(directory: str | Path) -> Comparison:
     found = read_json(directory / FILE)
     arms = tuple(Arm(**{**arm, "runs": tuple(ArmRun(**run) for run in arm["runs"])}) for arm in found["arms"])
     return Comparison(**{**found, "directory": directory, "seeds": tuple(found["seeds"]), "arms": arms})
-
-
-def run_directory(directory: Path, arm: str, seed: int) -> Path:
-    """Where the run of an arm is."""
-    return directory / arm / f"seed-{seed}"
 
 
 def _quality(mean: float | None, half: float | None) -> str:

@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tunekit.core.common import plots
-from tunekit.core.comparison.arm_runs import COSTS, Arm, ArmRun
-from tunekit.core.comparison.comparison import Comparison, run_directory
+from tunekit.core.comparison.arm_runs import COSTS, Arm, ArmRun, run_directory
 from tunekit.core.run import files
 from tunekit.core.run.html_report import HtmlReport, drawn, environment_lines
 from tunekit.core.run.model_card import fields_line
@@ -16,6 +15,8 @@ from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tunekit.core.comparison.comparison import Comparison
 
 SHOWN_COSTS = {"trainable_parameters": "trained parameters", "seconds": "seconds", "peak_memory": "peak memory (bytes)"}
 """The costs that quality is drawn against, where they were measured."""
