@@ -52,8 +52,13 @@ def pages() -> dict[str, str]:
         tk.TrainResult,
     )
     interfaces = [line for cls in classes for line in lower(class_page(cls))]
-    comparing = functions({"tk.compare": tk.compare, "tk.open_comparison": tk.open_comparison})
-    results = (tk.Comparison, tk.Arm, tk.ArmRun, tk.Steps, tk.Tokens)
+    comparing = functions(
+        {"tk.compare": tk.compare, "tk.open_comparison": tk.open_comparison, "tk.rank_models": tk.rank_models}
+    )
+    results = (
+        *(tk.Comparison, tk.Arm, tk.ArmRun, tk.Steps, tk.Tokens, tk.Minutes),
+        *(tk.ComparisonReport, tk.Ranking, tk.RankedModel),
+    )
     comparison = ["# Comparison", "", *comparing, *(line for cls in results for line in lower(class_page(cls)))]
     followers = (tk.Csv, tk.TensorBoard, tk.Mlflow, tk.Wandb, tk.Trackio)
     observers = [line for cls in followers for line in lower(described(cls))]

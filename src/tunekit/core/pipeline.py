@@ -220,14 +220,16 @@ class Pipeline:
             TrainingError: the training went wrong in a way that would have ruined the result.
             KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; SFT finished the step and wrote a checkpoint.
         """
-        return self._run(Path(directory), resume, observers, load_base)
+        directory = Path(directory)
+        if on:
+            self.check()
+            on.make(Job(pipeline=self, directory=directory, resume=resume, observers=tuple(observers)))
+            return self._finished(directory)
+        return self._run(directory, resume, observers, load_base)
 
     def _run(self, directory: Path, resume: Resume, observers: Iterable[object], load: LoadBase) -> Run:
         """`run`, with a base from `load`: a comparison has one in memory for all of its runs."""
         self.check()
-        if on:
-            on.make(Job(pipeline=self, directory=directory, resume=resume, observers=tuple(observers)))
-            return self._finished(directory)
         told = Observers(default_registry(), observers)
         processes, device = join(self.trainer, choose_device(self.device))
         if not resume:

@@ -334,18 +334,18 @@ def test_a_budget_of_minutes_gives_each_method_the_steps_it_can_make_in_that_tim
 
         monkeypatch.setattr(method, "after_step", after_step)
     rows = [{"prompt": f"row {n:02}", "completion": "as long as all others"} for n in range(20)]
-    pipeline = make(tiny_directory, data=tk.InMemory(rows=rows))
+    trainer = tk.SFT(batch_size=4, save_every=1000)
+    pipeline = make(tiny_directory, data=tk.InMemory(rows=rows), trainer=trainer)
     options = {"directory": tmp_path, "budget": tk.Minutes(0.1)}
     found = tk.compare(pipeline, METHODS, **options)
+    assert not found.failures
     steps = {arm.name: arm.runs[0].steps for arm in found.arms}
-    lengths = {len({line["tokens"] for line in found.run(arm).history if "tokens" in line}) for arm in steps}
     probed = json.loads((tmp_path / "probes.json").read_text(encoding="utf-8"))
     assert probed["lora-rank-2"]["tokens_per_second"] == pytest.approx(4 * probed["ia3"]["tokens_per_second"])
     # 6 seconds are 12 steps of half a second and 3 of two, but for rows at the end of an epoch, which fill no step.
     assert steps["lora-rank-2"] in (12, 13, 14)
     assert steps["ia3"] in (3, 4)
     assert found.arms[0].runs[0].training_seconds == pytest.approx(0.5 * steps["lora-rank-2"])
-    assert lengths
     assert re.search(rf"^ia3 .* {steps['ia3']} +\d+\.\d s$", str(found), re.MULTILINE)
     assert str(found).startswith("0.1 minutes of training each, seed 0")
     assert not list(tmp_path.glob(".probe*"))
@@ -440,7 +440,15 @@ def test_a_run_and_a_comparison_are_plotted(compared, tmp_path):
     (line,) = run.plot("loss").axes[0].lines
     assert list(line.get_ydata()) == [logged["loss"] for logged in run.history if "loss" in logged]
     assert list(line.get_xdata()) == [1, 2, 3]
-    for wrong in (lambda: run.plot("los"), lambda: compared.plot("perplexity", "second")):
+    loss, rate = run.plot(["loss", "learning_rate"]).axes
+    assert list(loss.lines[0].get_ydata()) == list(line.get_ydata())
+    assert list(rate.lines[0].get_ydata()) == [logged["learning_rate"] for logged in run.history if "loss" in logged]
+    assert (rate.get_xlabel(), rate.get_ylabel()) == ("step", "learning rate")
+    for wrong in (
+        lambda: run.plot("los"),
+        lambda: run.plot(["loss", "los"]),
+        lambda: compared.plot("perplexity", "second"),
+    ):
         with pytest.raises(tk.ConfigError, match="did you mean"):
             wrong()
 

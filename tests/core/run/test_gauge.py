@@ -42,6 +42,7 @@ def test_the_first_step_evaluations_and_checkpoints_are_left_out(tmp_path, clock
     found.tunekit_saved(step=3)
     clock(1)
     found.tunekit_log(run=run_in(tmp_path), step=4, metrics={"loss": 1.0})  # 30 tokens in 1 second
+    found.tunekit_saved(step=3)  # written beside training, which has gone on
     clock(35)
     assert finish(found, tmp_path) == {
         "tokens_per_second": 60 / 3,

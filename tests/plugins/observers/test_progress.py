@@ -8,6 +8,7 @@ import pytest
 from tunekit.core.registry import Registry
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
+from tunekit.errors import PluginWarning
 
 
 def show(directory, steps):
@@ -34,6 +35,7 @@ def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "20/20" in shown
     assert "loss 0.05" in shown
+    assert " MiB" in shown
 
 
 def test_a_notebook_gets_a_bar_without_widgets(tmp_path, capsys, monkeypatch):
@@ -55,3 +57,16 @@ def test_a_notebook_gets_a_bar_without_widgets(tmp_path, capsys, monkeypatch):
     assert [content.split(">")[0] for content in shown] == [f'<progress value="{n}" max="2"' for n in range(3)]
     assert "loss 0.5" in shown[-1]
     assert capsys.readouterr().err == ""
+
+
+def test_it_is_quiet_or_prints_lines_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TUNEKIT_PROGRESS", "quiet")
+    show(tmp_path, 3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TUNEKIT_PROGRESS", "lines")
+    show(tmp_path, 3)
+    assert capsys.readouterr().err.splitlines()[-1] == "step 3/3  loss 0.3333"
+    monkeypatch.setenv("TUNEKIT_PROGRESS", "loud")
+    with pytest.warns(PluginWarning, match="must be 'quiet', 'lines' or unset, got 'loud'"):
+        show(tmp_path, 3)

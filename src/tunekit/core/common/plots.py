@@ -122,7 +122,7 @@ def svg(figure: Figure, name: str, width: float = 5, height: float = 2.6) -> str
     with matplotlib.rc_context({**options, "figure.autolayout": False, "figure.constrained_layout.use": False}):
         # Fixed margins: to find the best ones every figure is drawn twice, and a page has many.
         figure.set_layout_engine(None)
-        figure.subplots_adjust(left=0.15, right=0.98, top=0.96, bottom=0.2)
+        figure.subplots_adjust(left=0.15, right=0.96, top=0.96, bottom=0.2)
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn = written.getvalue()
     drawn = re.sub(r"\s*<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
@@ -159,7 +159,7 @@ def against(
         axes.axhline(base, linestyle=":", color="grey", zorder=0, label="base")
     costs = [point.cost for point in points]
     if costs and min(costs) > 0 and max(costs) > 10 * min(costs):
-        axes.set_xscale("log")
+        _logarithmic(axes)
     if legend:
         figure.legend(loc="outside lower center", ncols=2)  # names beside the points would cover each other
     return figure
@@ -176,11 +176,22 @@ def pareto(points: Sequence[Point], better: tuple[str, str]) -> list[Point]:
     return sorted((point for point in points if not beaten(keys[id(point)])), key=lambda point: point.cost)
 
 
+def _logarithmic(axes: Axes) -> None:
+    """From left to right by powers of ten, with numbers as 300, 1k, 3k, and none in between to run into each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _line(axes: Axes, history: Sequence[Mapping[str, float]], metric: str, **options: Any) -> None:
     """A metric over the steps that have it; with points where they are few."""
     lines = [line for line in history if metric in line]
     marker = "." if len(lines) < 50 else ""
     axes.plot([line["step"] for line in lines], [line[metric] for line in lines], marker=marker, **options)
+    axes.locator_params(axis="x", integer=True)  # there is no step 2.5
 
 
 def _figure(horizontal: str, vertical: str) -> tuple[Figure, Axes]:

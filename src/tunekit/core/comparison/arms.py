@@ -38,6 +38,11 @@ class Method:
         return self.pipeline.quantizer or self.pipeline.adapter.default_quantizer()
 
     @property
+    def stored(self) -> str:
+        """What decides how its base is stored: methods with the same can share one, those that write into it last."""
+        return repr((self.quantizer, self.pipeline.adapter.trains_base))
+
+    @property
     def quantization(self) -> str | None:
         """The scheme its base is stored in."""
         return self.quantizer.scheme if self.quantizer else None

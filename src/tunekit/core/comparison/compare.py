@@ -71,8 +71,8 @@ def compare(
 
     Each run is an ordinary one in `directory/<arm>/seed-<n>`, to the last bit what `Pipeline.run` makes of it alone.
     The base stays in memory from one to the next, put back as it was loaded; it is loaded again where a method wrote
-    into its weights. Called again, it takes finished runs as they are and goes on with unfinished ones. A
-    run that fails does not stop the others; it is tried again by the next call.
+    into its weights. Called again, it takes finished runs as they are and goes on with unfinished ones. A run that
+    fails does not stop the others; it is tried again by the next call.
 
     Args:
         pipeline: all but the method, the seed and the learning rate.
@@ -107,7 +107,7 @@ def compare(
     budgets: Mapping[str, Steps | Tokens | None]
     if isinstance(budget, Minutes):
         if on:
-            raise ConfigError("how fast a cluster trains is not known here; use tk.Steps or tk.Tokens", "compare.budget")
+            raise ConfigError("how fast a cluster trains is not known here; use tk.Tokens", "compare.budget")
         # For what is wrong with all: before anything is written. The steps are known after the probes.
         for seed in seeds:
             _trials(methods, seed, dict.fromkeys(names, Tokens(1)), directory)
@@ -142,7 +142,7 @@ def compare(
                 so_far().save()
         todo = []
     # By how their base is stored, so that each is loaded once and none is in memory with another.
-    for trial in sorted(todo, key=lambda trial: repr(trial.method.quantizer)):
+    for trial in sorted(todo, key=lambda trial: trial.method.stored):
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
             _run(trial, observers, shared.load)
@@ -151,8 +151,7 @@ def compare(
         if not settle():
             logger.info("%s changed the base, which is loaded again", trial.method.name)
         so_far().save()
-    comparison = so_far()
-    comparison.save()
+    (comparison := so_far()).save()
     return comparison
 
 

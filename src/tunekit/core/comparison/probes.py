@@ -21,7 +21,11 @@ from tunekit.core.run.gauge import MEASURED
 PROBES = "probes.json"
 STEPS = 9
 """Steps of a probe. The first is not timed: much is set up in it."""
-NOT_PROBED = {"evaluate_every": None, "keep_best": None, "save_every": STEPS, "save_minutes": None, "log_every": 1}
+NOT_PROBED = {
+    **dict.fromkeys(("evaluate_every", "keep_best", "patience", "stop_beyond", "save_minutes")),
+    "save_every": STEPS,
+    "log_every": 1,
+}
 """What a probe leaves out, of the fields that the trainer has."""
 
 
@@ -48,7 +52,7 @@ def budgets(
     """
     known = files.read_json(directory / PROBES) if (directory / PROBES).is_file() else {}
     failures = {}
-    for method in sorted(methods, key=lambda method: repr(method.quantizer)):  # by base, as the runs
+    for method in sorted(methods, key=lambda method: method.stored):  # by base, as the runs
         made_of = _digest(method.pipeline)
         if known.get(method.name, {}).get("made_of") == made_of:
             continue

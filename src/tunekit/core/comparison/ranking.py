@@ -20,7 +20,8 @@ from tunekit.core.data.tokens import Tokens
 from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.evaluation.statistics import mean_interval, paired_difference
 from tunekit.core.interfaces import DataSource, Encoded, Example
-from tunekit.core.model.base import Base, choose_device, choose_dtype, context_length
+from tunekit.core.model.base import Base, choose_device, context_length
+from tunekit.core.model.precision import check_dtype
 from tunekit.core.run.files import write_json
 from tunekit.errors import ConfigError, DataError, NotSupported
 
@@ -130,7 +131,7 @@ def rank_models(
         rows: of so many rows, evenly spread over the source.
         context: tokens, and fewer for a model that was made for fewer.
         device: as for a `Pipeline`.
-        dtype: of the weights, as for a `Pipeline`.
+        dtype: of the weights; None takes bfloat16 on CUDA and float32 on the CPU.
         trust_remote_code: whether code in the repositories of the models may run.
 
     Raises:
@@ -144,7 +145,8 @@ def rank_models(
             raise ConfigError(f"must be at least 4, got {value}", f"rank_models.{name}")
     texts = _texts(source, rows)
     chosen = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, chosen)
+    check_dtype(dtype, chosen)
+    chosen_dtype = dtype or ("bfloat16" if chosen.startswith("cuda") else "float32")
     found: dict[str, RankedModel] = {}
     bits: dict[str, list[float]] = {}
     for name in names:

@@ -67,15 +67,20 @@ class Gauge:
             self._timed_steps += step - self._mark[0]
             self._timed_tokens += tokens or 0
             self._training += seconds
-            line = {"step": step, "tokens_per_second": tokens and tokens / seconds, "memory": self._memory()}
+            line = {
+                "step": step,
+                "tokens_per_second": tokens / seconds if tokens and seconds else None,
+                "memory": self._memory(),
+            }
             with (run.directory / PACE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self._mark = (step, time.monotonic())  # an evaluation is logged under the step just logged: it is passed over
 
     @hookimpl
     def tunekit_saved(self, step: int) -> None:
-        """Pass over the time a checkpoint took."""
-        self._mark = (step, time.monotonic())
+        """Pass over the time a checkpoint took, unless it was written while training went on to later steps."""
+        if self._mark is None or step >= self._mark[0]:
+            self._mark = (step, time.monotonic())
 
     @hookimpl
     def tunekit_run_finished(self, run: RunLog, error: BaseException | None) -> None:

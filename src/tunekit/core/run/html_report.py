@@ -82,6 +82,8 @@ def environment_lines(environment: Mapping[str, Any]) -> list[list[str]]:
 
 def drawn(figure: Figure, name: str) -> str:
     """A figure as an SVG under a caption that names it."""
-    figure.axes[0].locator_params(nbins=6)  # most of the time goes into the numbers on the axes
-    figure.axes[0].set_ylabel("")  # the caption says it, and a name is nothing for matplotlib to read formulas in
+    (axes,) = figure.axes
+    # Most of the time goes into the numbers on the axes; a logarithmic one has few.
+    axes.locator_params(axis="y" if axes.get_xscale() == "log" else "both", nbins=6)
+    axes.set_ylabel("")  # the caption says it, and a name is nothing for matplotlib to read formulas in
     return plots.svg(figure, name)

@@ -1,8 +1,12 @@
-"""Shows a run as it goes: a bar in a terminal or a notebook, a plain line now and then elsewhere."""
+"""Shows a run as it goes: a bar in a terminal or a notebook, a plain line now and then elsewhere.
+
+`TUNEKIT_PROGRESS=quiet` shows nothing, `TUNEKIT_PROGRESS=lines` plain lines in a terminal, too.
+"""
 
 from __future__ import annotations
 
 import html
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,6 +15,7 @@ from weakref import WeakKeyDictionary
 import attrs
 
 from tunekit.core.hookspecs import hookimpl
+from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
@@ -73,8 +78,15 @@ def tunekit_run_started(run: RunLog, steps: int) -> None:
     """Open the bar."""
     from rich.console import Console
 
+    wanted = os.environ.get("TUNEKIT_PROGRESS", "")
+    if wanted not in ("", "quiet", "lines"):
+        raise ConfigError(f"must be 'quiet', 'lines' or unset, got {wanted!r}", "TUNEKIT_PROGRESS")
+    if wanted == "quiet":
+        return
     console = Console(stderr=True)
-    if console.is_jupyter:
+    if wanted == "lines":
+        _shown[run] = _Lines(steps)
+    elif console.is_jupyter:
         _shown[run] = _notebook_bar(steps)
     else:
         _shown[run] = _bar(console, steps) if console.is_terminal else _Lines(steps)
@@ -84,13 +96,25 @@ def tunekit_run_started(run: RunLog, steps: int) -> None:
 def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
     """Move the bar on, if the start of this run was seen (a trainer's own test has none)."""
     if run in _shown:
-        _shown[run].show(step, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        bar, shown = _shown[run], [f"{name} {value:.4g}" for name, value in metrics.items()]
+        memory = [] if isinstance(bar, _Lines) else [f"memory {_memory() / 2**20:,.0f} MiB"]
+        bar.show(step, "  ".join([*shown, *memory]))
 
 
 @hookimpl
 def tunekit_run_finished(run: RunLog) -> None:
-    """Close the bar."""
-    _shown.pop(run).close()
+    """Close the bar, if there is one."""
+    if run in _shown:
+        _shown.pop(run).close()
+
+
+def _memory() -> int:
+    """Bytes: the most that were allocated on the CUDA device where one is in use, else those of the process now."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _bar(console: Console, steps: int) -> _Bar:
