@@ -130,15 +130,13 @@ def tokens_of_steps(trainer: Trainer, lengths: Sequence[int], seed: int) -> Iter
     """Tokens of the rows of each step, without end; None for a trainer without the fields `batch_size` and `order`.
 
     Args:
-        trainer: its steps take rows as `batching.rows_of_step` says.
+        trainer: its steps take rows as `batching.RowOrder` says.
         lengths: tokens of each training row.
         seed: of the run.
     """
     fields = attrs.fields_dict(type(trainer))
     if "batch_size" not in fields or "order" not in fields:
         return None
-    size = trainer.batch_size  # type: ignore[attr-defined]
-    order: batching.Order = trainer.order  # type: ignore[attr-defined]
-    # By epochs, not by `rows_of_step`, which makes the order of the whole epoch anew for every step.
-    epochs = (batching.epoch_order(len(lengths), epoch, seed, order) for epoch in count())
-    return (sum(lengths[row] for row in rows[at : at + size]) for rows in epochs for at in range(0, len(rows), size))
+    size, order = trainer.batch_size, trainer.order  # type: ignore[attr-defined]
+    rows = batching.RowOrder(lengths=lengths, batch_size=size, seed=seed, order=order)
+    return (sum(lengths[row] for row in rows.of_step(step)) for step in count(1))
