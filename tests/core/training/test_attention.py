@@ -59,6 +59,16 @@ def test_on_the_cpu_half_precision_is_rounded_once():
     assert torch.equal(causal_attention(*inputs), causal_attention(*wide).bfloat16())
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_last_tokens_alone_look_back_as_they_do_among_all(kind, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    inputs = tensors(11)
+    expected = with_gradients(lambda *three: written_out(*three, **kind)[:, :, 5:], inputs)
+    found = with_gradients(lambda query, *rest: causal_attention(query[:, :, 5:], *rest, **kind), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_kernel_of_cuda_is_each_row_alone(window):
@@ -71,6 +81,28 @@ def test_the_kernel_of_cuda_is_each_row_alone(window):
         parts = zip(*(tensor.float().split(lengths, dim=2) for tensor in three), strict=True)
         return torch.cat([causal_attention(*part, window=window) for part in parts], dim=2)
 
-    found = with_gradients(lambda *three: varlen_attention(*three, starts, 9, window=window), inputs)
+    found = with_gradients(lambda *three: varlen_attention(*three, starts, starts, 9, 9, window=window), inputs)
+    for one, other in zip(found, with_gradients(alone, inputs), strict=True):
+        assert ((one.float() - other.float()).norm() / other.float().norm()).item() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_of_cuda_takes_queries_for_the_last_tokens_of_their_row(window):
+    queries, keys = [5, 1, 3], [5, 6, 8]  # a prefix of 5 tokens, and two remainders that see it
+    query = tensors(sum(queries), torch.bfloat16, "cuda", size=64)[0]
+    _, key, value = tensors(sum(keys), torch.bfloat16, "cuda", size=64)
+    starts, key_starts = (
+        torch.tensor([0, *accumulate(each)], dtype=torch.int32, device="cuda") for each in (queries, keys)
+    )
+
+    def alone(query, key, value):
+        parts = zip(
+            query.float().split(queries, 2), key.float().split(keys, 2), value.float().split(keys, 2), strict=True
+        )
+        return torch.cat([causal_attention(*part, window=window) for part in parts], dim=2)
+
+    inputs = [query, key, value]
+    found = with_gradients(lambda *three: varlen_attention(*three, starts, key_starts, 5, 8, window=window), inputs)
     for one, other in zip(found, with_gradients(alone, inputs), strict=True):
         assert ((one.float() - other.float()).norm() / other.float().norm()).item() < 1e-2

@@ -373,7 +373,8 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     trainer = SFT(max_steps=4, batch_size=3, save_every=2, padding_free=free, compile=not free)
     fit(trainer, tmp_path / "whole")
     found = newest(tmp_path / "whole" / "checkpoints")
-    way = {"padding_free": free, "chunked": True, "lean": False, "compiled": not free}  # no layer of PEFT's is in it
+    # No layer of PEFT's is in it, and no prefix is shared.
+    way = {"padding_free": free, "chunked": True, "lean": False, "compiled": not free, "shared": False}
     assert found.state["trainer"]["loss"] == way
     monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
     taken = []
@@ -386,6 +387,34 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     create(tmp_path / "resumed")
     fit(trainer, tmp_path / "resumed", resumed=found)
     assert set(taken) == {(free, True, not free)}
+
+
+def with_a_system_prompt():
+    prompt = {"role": "system", "content": "Say what comes next, and be brief: letters alone, no numbers. " * 2}
+    ask = lambda n: {"role": "user", "content": f"row {n}"}  # noqa: E731
+    say = lambda n: {"role": "assistant", "content": "ab" * (1 + n)}  # noqa: E731
+    return [Codec(TOKENIZER).encode({"messages": [prompt, ask(n), say(n)]}) for n in range(7)]
+
+
+def test_a_shared_system_prompt_changes_no_step_and_a_resumed_run_shares_it_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.encoded", lambda count: with_a_system_prompt())
+    common = {"max_steps": 4, "batch_size": 4, "save_every": 2, "keep": 9, "learning_rate": 0.05, "optimizer": "sgd"}
+    apart, _, expected = fit(SFT(**common, shared_prefix=False), tmp_path / "apart")
+    shared, _, lines = fit(SFT(**common), tmp_path / "shared")
+    ways = [newest(tmp_path / name / "checkpoints").state["trainer"]["loss"]["shared"] for name in ("apart", "shared")]
+    assert ways == [False, True]
+    assert largest_difference(apart, shared) < 1e-6
+    assert largest_difference(apart, tiny_model()) > 1e-3
+    for name in ("loss", "grad_norm", "tokens"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
+
+    create(tmp_path / "resumed")
+    monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
+    kept = tmp_path / "resumed" / "checkpoints" / "step-000002"
+    kept.symlink_to(tmp_path / "shared" / "checkpoints" / "step-000002")
+    again, _, rest = fit(SFT(**common), tmp_path / "resumed", resumed=newest(kept.parent))
+    assert rest == [line for line in lines if line["step"] > 2]
+    assert largest_difference(again, shared) == 0
 
 
 def test_matrices_decay_and_vectors_do_not():

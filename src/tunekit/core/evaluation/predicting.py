@@ -53,6 +53,14 @@ def trying(model: nn.Module) -> Iterator[None]:
                     parameter.copy_(kept[name])
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether anything is dropped from `model` at random while it is trained."""
+    rates = [value for m in model.modules() for name, value in vars(m).items() if _drops(m, name)]
+    # PEFT's methods have a rate for each adapter, by its name.
+    each = [one for rate in rates for one in (rate.values() if isinstance(rate, dict) else [rate])]
+    return any(isinstance(rate, float) and rate > 0 for rate in each)
+
+
 def _drops(module: nn.Module, name: str) -> bool:
     return "dropout" in name or (name == "p" and "Dropout" in type(module).__name__)
 

@@ -107,9 +107,9 @@ class Bench:
         if not getattr(self.trainer, asked, False):
             raise NotSupported(f"{self.trainer.name} trains without {asked}")
         model, _ = self._fresh
-        options = {"padding_free": False, "chunked": False, way: True}
         fill, device = pad_id(self.codec.tokenizer), self.context.device
-        chosen = rows_loss.choose(model, self.rows, fill, device, **options)
+        free, chunked = way == "padding_free", way == "chunked"
+        chosen = rows_loss.choose(model, self.rows, fill, device, padding_free=free, chunked=chunked)
         if chosen.notes:
             raise NotSupported(f"the run does not use it: {chosen.notes[0]}")
         plain = RowsLoss(model=model, pad_id=fill, device=device)

@@ -28,9 +28,9 @@ def causal_attention(
     """Attention of each token of one row to itself and those before it; the shape and dtype of `query`.
 
     Args:
-        query: shape (1, heads, tokens, size).
-        key: shape (1, key heads, tokens, size); each serves as many heads as there are heads to one of them.
-        value: shape (1, key heads, tokens, size).
+        query: shape (1, heads, tokens, size), the last tokens of the row, or all of them.
+        key: shape (1, key heads, all tokens, size); each serves as many heads as there are heads to one of them.
+        value: shape (1, key heads, all tokens, size).
         scaling: of the scores; None for 1 / sqrt(size).
         dropout: of attention weights.
         window: how many tokens a token sees, itself included; None for all.
@@ -39,24 +39,25 @@ def causal_attention(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    tokens, dtype = query.shape[2], query.dtype
+    tokens, dtype = key.shape[2], query.dtype
+    before = tokens - query.shape[2]
     if query.device.type == "cpu":
         # Without a matrix unit for it, half precision is three times as slow here as float32, casts included.
         query, key, value = query.float(), key.float(), value.float()
-    if softcap is None and (window is None or tokens <= window):
+    if not before and softcap is None and (window is None or tokens <= window):
         grouped = query.shape[1] != key.shape[1]
         found = scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
         )
         return found.to(dtype)
     made = []
-    for start in range(0, tokens, BLOCK):
+    for start in range(before, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
         first = 0 if window is None else max(0, start - window + 1)
         places = torch.arange(first, end, device=query.device)
         distance = places[start - first :, None] - places
         seen = (distance >= 0) & (distance < (window or tokens))
-        part = (query[:, :, start:end], key[:, :, first:end], value[:, :, first:end])
+        part = (query[:, :, start - before : end - before], key[:, :, first:end], value[:, :, first:end])
         made.append(_masked_attention(*part, seen, scaling, dropout, softcap))
     return torch.cat(made, dim=2).to(dtype)
 
@@ -86,7 +87,9 @@ def varlen_attention(
     key: Tensor,
     value: Tensor,
     starts: Tensor,
+    key_starts: Tensor,
     longest: int,
+    longest_key: int,
     *,
     scaling: float | None = None,
     window: int | None = None,
@@ -97,8 +100,10 @@ def varlen_attention(
         query: shape (1, heads, tokens, size); key and value as there.
         key: see above.
         value: see above.
-        starts: shape (rows + 1,), int32: where each row begins, and where the last ends.
-        longest: tokens of the longest row.
+        starts: shape (rows + 1,), int32: where the queries of each row begin, and where the last end.
+        key_starts: the same of its keys; the kernel takes the queries for the last tokens of the row, as it is there.
+        longest: queries of the row with the most.
+        longest_key: keys of the row with the most.
         scaling: of the scores; None for 1 / sqrt(size).
         window: how many tokens a token sees, itself included; None for all.
     """
@@ -110,9 +115,9 @@ def varlen_attention(
     found = kernel(
         *flat,
         starts,
-        starts,
+        key_starts,
         longest,
-        longest,
+        longest_key,
         scale=scaling,
         window_size=sees,
         enable_gqa=query.shape[1] != key.shape[1],

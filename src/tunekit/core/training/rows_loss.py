@@ -1,13 +1,14 @@
 """The loss of some rows, by the quickest of several ways to the same number that is right for the model.
 
 The plainest pads the rows and makes logits of every token. The quicker ones lay the rows end to end without padding,
-make logits only where there is a label, a few tokens at a time, and have lean forwards for adapters. Whether a model
-can be trained so is not looked up in a list: it is tried on rows of the user's own.
+make logits only where there is a label, a few tokens at a time, compute once what rows begin with alike, and have lean
+forwards for adapters. Whether a model can be trained so is not looked up in a list: it is tried on rows of the user's
+own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ import attrs
 
 from tunekit.core.data.batching import collate, on_device
 from tunekit.core.data.codec import IGNORED
-from tunekit.core.evaluation.predicting import evaluating, trying
+from tunekit.core.evaluation.predicting import drops, evaluating, trying
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
 from tunekit.core.training import compiled
+from tunekit.core.training.prefixes import Layout
 from tunekit.core.training.segments import ATTENTION, attending, flatten
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 1e-5}
 """Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
+WAYS = ("padding_free", "chunked", "lean", "compiled", "shared")
+"""The fields that say which way it is; part of a checkpoint."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -42,6 +46,7 @@ class RowsLoss:
         chunked: logits are made where there is a label, a chunk at a time.
         lean: layers of PEFT's have lean forwards; within `training()` only.
         compiled: the layers of the model are compiled; within `training()` only.
+        shared: where rows laid end to end begin alike and it pays, that is computed once.
         notes: why a quicker way was not taken.
     """
 
@@ -52,6 +57,7 @@ class RowsLoss:
     chunked: bool = False
     lean: bool = False
     compiled: bool = False
+    shared: bool = False
     notes: Sequence[str] = ()
     _usual: str = attrs.field(init=False)
 
@@ -64,15 +70,13 @@ class RowsLoss:
         from torch.nn.functional import cross_entropy
 
         if self.padding_free:
-            inputs = flatten(rows, self.device)
-            starts = [0]
-            for row in rows[:-1]:
-                starts.append(starts[-1] + len(row["input_ids"]))
-            at, targets = _supervised(rows, starts)
+            layout = Layout.of(rows, self.shared)
+            inputs = flatten(layout, self.device)
+            at, targets = _supervised(rows, layout.place)
         else:
             inputs = collate(rows, self.pad_id, self.device)
             width = inputs.pop("labels").shape[1]
-            at, targets = _supervised(rows, [number * width for number in range(len(rows))])
+            at, targets = _supervised(rows, lambda row, at: row * width + at)
         places, wanted = (on_device(numbers, self.device, torch.long) for numbers in (at, targets))
         if not self.chunked:
             logits = model(**inputs, use_cache=False).logits
@@ -117,6 +121,7 @@ def choose(
     chunked: bool,
     lean: bool = False,
     compiling: bool = False,
+    sharing: Sequence[Encoded] = (),
 ) -> RowsLoss:
     """The quickest way that is right for `model`: each is tried against the plain one.
 
@@ -129,6 +134,7 @@ def choose(
         chunked: whether logits may be made a chunk at a time.
         lean: whether layers of PEFT's may have lean forwards.
         compiling: whether the layers may be compiled.
+        sharing: rows of the user's that begin alike, for which it pays to compute that once; none for never.
     """
     import torch
 
@@ -143,6 +149,8 @@ def choose(
             chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
         if padding_free and not chosen.padding_free:
             chosen = _tried(attrs.evolve(chosen, padding_free=True), chosen, "rows without padding", rows, plain)
+        if sharing and chosen.padding_free:
+            chosen = _sharing(chosen, sharing)
     if compiling:
         way = attrs.evolve(chosen, compiled=True)
         # As in training, with gradients: what is compiled for an evaluation would have to be compiled again.
@@ -165,6 +173,15 @@ def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], p
     return way
 
 
+def _sharing(chosen: RowsLoss, rows: Sequence[Encoded]) -> RowsLoss:
+    """`chosen` with shared prefixes, if that gives the loss of `rows` without them."""
+    if drops(chosen.model):
+        return attrs.evolve(chosen, notes=[*chosen.notes, "no shared prefixes: rows would share their dropout, too"])
+    with chosen.training():
+        plain = float(chosen(chosen.model, rows))
+    return _tried(attrs.evolve(chosen, shared=True), chosen, "shared prefixes", rows, plain)
+
+
 def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None:
     """Why this way is not right for its model; None if it is."""
     import torch
@@ -184,11 +201,14 @@ def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None
     return f"the loss is {found:.6g} so, and {plain:.6g} plainly"
 
 
-def _supervised(rows: Sequence[Encoded], starts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The places, each before a supervised token, and the tokens to predict there; a row's begin at its start."""
+def _supervised(rows: Sequence[Encoded], place: Callable[[int, int], int]) -> tuple[list[int], list[int]]:
+    """The places, each before a supervised token, and the tokens to predict there; `place` is of a row and its token.
+
+    A place in a shared prefix is there for each of its rows: the loss and gradient of each are added up.
+    """
     pairs: list[tuple[int, Any]] = [
-        (start + at, label)
-        for row, start in zip(rows, starts, strict=True)
+        (place(number, at), label)
+        for number, row in enumerate(rows)
         for at, label in enumerate(row["labels"][1:])
         if label != IGNORED
     ]

@@ -1,8 +1,8 @@
-"""Rows laid end to end in one sequence without padding, each attending to itself alone."""
+"""Rows laid end to end in one sequence without padding, each attending to itself alone, or to its prefix as well."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunekit.core.data.batching import on_device
-from tunekit.core.interfaces import Encoded
 from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention
+from tunekit.core.training.prefixes import Layout
 from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -24,30 +24,62 @@ ATTENTION = "tunekit_segments"
 
 @attrs.frozen(kw_only=True, eq=False)
 class Segments:
-    """Where rows begin and end in a sequence; an object of its own, into which torch.compile does not look.
+    """Where segments begin and end in a sequence; an object of its own, into which torch.compile does not look.
 
     Args:
-        lengths: tokens of each row.
-        starts: shape (rows + 1,), int32, on the device: where each row begins, and where the last ends.
+        lengths: tokens of each segment: a row, a prefix of several rows, or the remainder of a row.
+        starts: shape (segments + 1,), int32, on the device: where each segment begins, and where the last ends.
+        after: for a remainder, by its number, the number of the segment that is its prefix, to which it attends too.
+        seen_starts: `starts` of what they attend to, each remainder with its prefix before it.
     """
 
     lengths: Sequence[int]
     starts: Tensor
+    after: Mapping[int, int] = attrs.field(factory=dict)
+    seen_starts: Tensor = attrs.field(default=attrs.Factory(lambda self: self.starts, takes_self=True))
+
+    def seen(self, tensor: Tensor) -> list[Tensor]:
+        """Keys or values that each segment attends to; `tensor` has those of all, shape (1, heads, tokens, size)."""
+        import torch
+
+        # No gather: on CUDA its gradient would be added up in an order of its own each time.
+        own = tensor.split(list(self.lengths), dim=2)
+        return [
+            torch.cat([own[self.after[at]], part], dim=2) if at in self.after else part for at, part in enumerate(own)
+        ]
+
+    def all_seen(self, tensor: Tensor) -> Tensor:
+        """What `seen` gives, end to end."""
+        import torch
+
+        own = tensor.split(list(self.lengths), dim=2)
+        numbers = [number for at in range(len(own)) for number in ([self.after[at]] if at in self.after else []) + [at]]
+        return torch.cat([own[number] for number in numbers], dim=2) if self.after else tensor
+
+    @property
+    def seen_lengths(self) -> list[int]:
+        """Tokens that each segment attends to."""
+        return _seen_lengths(self.lengths, self.after)
 
 
-def flatten(rows: Sequence[Encoded], device: str) -> dict[str, Any]:
-    """Model inputs of `rows` as one sequence: `input_ids` and `position_ids` of shape (1, tokens), and `segments`.
+def flatten(layout: Layout, device: str) -> dict[str, Any]:
+    """Model inputs of the rows of `layout`: `input_ids` and `position_ids` of shape (1, tokens), and `segments`.
 
     The positions of each row begin at 0, as they do when it is alone.
     """
     import torch
 
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = (layout.lengths, _seen_lengths(layout.lengths, layout.after))
+    starts, seen_starts = (on_device([0, *accumulate(each)], device, torch.int32) for each in lengths)
     return {
-        "input_ids": on_device([[token for row in rows for token in row["input_ids"]]], device),
-        "position_ids": torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        "segments": Segments(lengths=lengths, starts=on_device([0, *accumulate(lengths)], device, torch.int32)),
+        "input_ids": on_device([layout.tokens], device),
+        "position_ids": on_device([layout.positions], device),
+        "segments": Segments(lengths=layout.lengths, starts=starts, after=layout.after, seen_starts=seen_starts),
     }
+
+
+def _seen_lengths(lengths: Sequence[int], after: Mapping[int, int]) -> list[int]:
+    return [own + (lengths[after[at]] if at in after else 0) for at, own in enumerate(lengths)]
 
 
 @contextmanager
@@ -86,7 +118,7 @@ def attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of every segment to itself; transformers calls it in the place of its own.
+    """Causal attention of every segment to itself and its prefix; transformers calls it in the place of its own.
 
     Args:
         module: the attention layer.
@@ -113,10 +145,19 @@ def attend(
     if asked or is_causal is False or not getattr(module, "is_causal", True):
         raise NotSupported(f"its attention is not plainly causal: {', '.join(asked) or 'it looks ahead'}")
     if can_be_varlen(query, dropout, softcap):
-        longest = max(segments.lengths)
-        found = varlen_attention(query, key, value, segments.starts, longest, scaling=scaling, window=sliding_window)
+        found = varlen_attention(
+            query,
+            segments.all_seen(key),
+            segments.all_seen(value),
+            segments.starts,
+            segments.seen_starts,
+            max(segments.lengths),
+            max(segments.seen_lengths),
+            scaling=scaling,
+            window=sliding_window,
+        )
         return found.transpose(1, 2), None
-    parts = [tensor.split(list(segments.lengths), dim=2) for tensor in (query, key, value)]
+    parts = (query.split(list(segments.lengths), dim=2), segments.seen(key), segments.seen(value))
     each = [
         causal_attention(*part, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
         for part in zip(*parts, strict=True)

@@ -22,6 +22,7 @@ from tunekit.core.run.signals import asked_to_stop
 from tunekit.core.training import rows_loss, sharded
 from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.parallel import started
+from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
 from tunekit.plugins.trainers import micro_batches, optimization
@@ -72,7 +73,7 @@ def fit(
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
-    summed_loss = _summed_loss(sft, model, tokenizer, train, run, context)
+    summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), run, context)
     # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
     model = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
@@ -147,7 +148,7 @@ def fit(
             stop, due = next((by for by, _ in asks if by), None), asks[0][1]
             last = step in (steps, so_far.stopped_at)
             if ((due or is_best) and not last) or stop:
-                way = {name: getattr(summed_loss, name) for name in ("padding_free", "chunked", "lean", "compiled")}
+                way = {name: getattr(summed_loss, name) for name in rows_loss.WAYS}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
                 run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step, background=beside)
@@ -170,16 +171,18 @@ def _summed_loss(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Encoded],
+    first: Sequence[int],
     run: RunLog,
     context: Context,
 ) -> RowsLoss:
-    """The way to the loss; a resumed run goes the way it went before, to the last bit."""
+    """The way to the loss, the `first` step's rows looked at; a resumed run goes the way it went, to the last bit."""
     fill = pad_id(tokenizer)
     whole = not sharded.in_pieces(model)  # lean forwards keep weights, and compiled layers would be tried on pieces
     lean, compiling = sft.lean and whole, worthwhile(sft.compile, sft.planned_steps(len(train))) and whole
     if run.resumed:
         way = run.resumed.state["trainer"]["loss"]
-        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "lean": lean, "compiled": compiling}
+        allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "shared": sft.shared_prefix}
+        allowed |= {"lean": lean, "compiled": compiling}
         way = {name: bool(value and allowed[name]) for name, value in way.items()}
         return RowsLoss(model=model, pad_id=fill, device=context.device, **way)
     found = rows_loss.choose(
@@ -191,6 +194,7 @@ def _summed_loss(
         chunked=sft.chunked_loss,
         lean=lean,
         compiling=compiling,
+        sharing=sharing([train[at] for at in first]) if sft.shared_prefix else (),
     )
     for note in found.notes:
         run.note(note)

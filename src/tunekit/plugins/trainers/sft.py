@@ -50,6 +50,9 @@ class SFT(Trainer):
             best-fit decreasing; a step has its batch_size rows all the same, and its loss. None for no such budget.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
+        shared_prefix: what rows of a forward pass begin with alike, a system prompt or a document, is computed once for
+            all of them where that pays (rows of the first step tell), nothing is dropped at random, and the model gives
+            the same loss so; rows are without padding then. The gradient is the same.
         chunked_loss: logits are made only where a token is supervised and some tokens at a time, their gradient with
             them, where the model gives the same loss so.
         parallel: what several processes have of the model: "replicated", all of it in each; or "sharded", a piece each,
@@ -100,6 +103,7 @@ class SFT(Trainer):
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
     packing: int | None = attrs.field(default=None, validator=at_least(1))
     padding_free: bool = True
+    shared_prefix: bool = True
     chunked_loss: bool = True
     parallel: Literal["replicated", "sharded"] = "replicated"
     lean: bool = True
