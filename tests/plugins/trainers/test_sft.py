@@ -417,6 +417,38 @@ def test_a_shared_system_prompt_changes_no_step_and_a_resumed_run_shares_it_agai
     assert largest_difference(again, shared) == 0
 
 
+def with_its_last_layer_to_train():
+    model = tiny_model().requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+def test_frozen_layers_computed_once_change_no_step_and_a_resumed_run_is_the_same(tmp_path, again):
+    common = {"epochs": 3, "batch_size": 3, "save_every": 3, "learning_rate": 0.05, "optimizer": "sgd"}
+    common |= {"keep": 9, "gradient_checkpointing": again}
+    model = with_its_last_layer_to_train
+    plain, _, expected = fit(SFT(**common), tmp_path / "plain", model=model())
+    trainer = SFT(**common, cache_frozen_layers=True)
+    cached, _, lines = fit(trainer, tmp_path / "cached", model=model())
+    assert largest_difference(plain, cached) < 1e-6
+    assert largest_difference(plain, tiny_model()) > 1e-3
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    assert "hidden states after 1 frozen layers are kept, up to 0." in (tmp_path / "cached" / "log.txt").read_text()
+
+    create(tmp_path / "resumed")
+    kept = tmp_path / "resumed" / "checkpoints" / "step-000003"
+    kept.symlink_to(tmp_path / "cached" / "checkpoints" / "step-000003")
+    resumed, _, rest = fit(trainer, tmp_path / "resumed", model=model(), resumed=newest(kept.parent))
+    assert rest == [line for line in lines if line["step"] > 3]
+    assert largest_difference(resumed, cached) == 0
+
+
+def test_frozen_layers_are_not_kept_beside_compiled_ones():
+    with pytest.raises(ConfigError, match=r"SFT\.cache_frozen_layers: not together with compile"):
+        SFT(compile=True, cache_frozen_layers=True).check(CONTEXT)
+
+
 def test_matrices_decay_and_vectors_do_not():
     groups = optimization.make("adamw", tiny_model("gpt2"), 1e-3, weight_decay=0.1).param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,9 @@ def trying(model: nn.Module) -> Iterator[None]:
                     parameter.copy_(kept[name])
 
 
-def drops(model: nn.Module) -> bool:
-    """Whether anything is dropped from `model` at random while it is trained."""
-    rates = [value for m in model.modules() for name, value in vars(m).items() if _drops(m, name)]
+def drops(modules: Iterable[nn.Module]) -> bool:
+    """Whether anything is dropped at random in one of `modules` while it is trained."""
+    rates = [value for m in modules for name, value in vars(m).items() if _drops(m, name)]
     # PEFT's methods have a rate for each adapter, by its name.
     each = [one for rate in rates for one in (rate.values() if isinstance(rate, dict) else [rate])]
     return any(isinstance(rate, float) and rate > 0 for rate in each)

@@ -8,28 +8,33 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.data.batching import collate, on_device
+from tunekit.core.data.batching import collate, lengths, on_device, shortest_and_longest
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import drops, evaluating, trying
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
 from tunekit.core.training import compiled
+from tunekit.core.training.frozen import FrozenLayers
 from tunekit.core.training.prefixes import Layout
 from tunekit.core.training.segments import ATTENTION, attending, flatten
+from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TOLERANCE = {"float32": 1e-5}
 """Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
+Place = Callable[[int, int], int]
+"""Of the number of a row and of a token in it: where that is."""
 WAYS = ("padding_free", "chunked", "lean", "compiled", "shared")
 """The fields that say which way it is; part of a checkpoint."""
 
@@ -47,6 +52,7 @@ class RowsLoss:
         lean: layers of PEFT's have lean forwards; within `training()` only.
         compiled: the layers of the model are compiled; within `training()` only.
         shared: where rows laid end to end begin alike and it pays, that is computed once.
+        frozen: layers below what is trained, which are computed once a row; None to compute them each time.
         notes: why a quicker way was not taken.
     """
 
@@ -58,6 +64,7 @@ class RowsLoss:
     lean: bool = False
     compiled: bool = False
     shared: bool = False
+    frozen: FrozenLayers | None = None
     notes: Sequence[str] = ()
     _usual: str = attrs.field(init=False)
 
@@ -69,26 +76,43 @@ class RowsLoss:
         import torch
         from torch.nn.functional import cross_entropy
 
-        if self.padding_free:
-            layout = Layout.of(rows, self.shared)
-            inputs = flatten(layout, self.device)
-            at, targets = _supervised(rows, layout.place)
-        else:
-            inputs = collate(rows, self.pad_id, self.device)
-            width = inputs.pop("labels").shape[1]
-            at, targets = _supervised(rows, lambda row, at: row * width + at)
+        inputs, place = self.inputs(rows)
+        at, targets = _supervised(rows, place)
         places, wanted = (on_device(numbers, self.device, torch.long) for numbers in (at, targets))
+        starting = self.frozen.left_out(self._states(rows, inputs, place)) if self.frozen else nullcontext()
         if not self.chunked:
-            logits = model(**inputs, use_cache=False).logits
+            with starting:
+                logits = model(**inputs, use_cache=False).logits
             return cross_entropy(logits.flatten(0, 1)[places].float(), wanted, reduction="sum")
 
         from tunekit.core.training.head_loss import head_loss, without_head, without_softcap
 
         head = self.model.get_output_embeddings()
-        with without_head(head) as plain, without_softcap(self.model.config, plain) as real:
+        with starting, without_head(head) as plain, without_softcap(self.model.config, plain) as real:
             hidden = model(**inputs, use_cache=False).logits
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)
+
+    def inputs(self, rows: Sequence[Encoded]) -> tuple[dict[str, Any], Place]:
+        """What the model takes of `rows`, and where in its flattened output each token of them is."""
+        if self.padding_free:
+            layout = Layout.of(rows, self.shared)
+            return flatten(layout, self.device), layout.place
+        inputs: dict[str, Any] = collate(rows, self.pad_id, self.device)
+        width = inputs.pop("labels").shape[1]
+        return inputs, lambda row, at: row * width + at
+
+    def _states(self, rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Place) -> Tensor:
+        """What the frozen layers make of `inputs`, shape (rows, tokens, features); of padding, zeros."""
+        assert self.frozen
+        shape = inputs["input_ids"].shape
+        kept = self.frozen.kept
+        states = kept.new_zeros(shape.numel(), kept.shape[1], device=self.device)
+        for number, row in enumerate(rows):
+            found = self.frozen.states(row, lambda row=row: self.inputs([row])[0])  # type: ignore[misc]
+            places = [place(number, at) for at in range(len(row["input_ids"]))]
+            states[on_device(places, self.device)] = found.to(self.device)
+        return states.view(*shape, -1)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -166,6 +190,31 @@ def choose(
     return chosen
 
 
+def over_frozen(way: RowsLoss, rows: Sequence[Encoded], directory: Path) -> RowsLoss:
+    """`way` with the layers below what is trained computed once for each of `rows`, and kept in a file.
+
+    Args:
+        way: the way to the loss otherwise.
+        rows: all that there are to train on.
+        directory: where the file is made; it goes with the process.
+
+    Raises:
+        NotSupported: that cannot be done, or gives another loss.
+    """
+    some, tokens = shortest_and_longest(rows), sum(lengths(rows))
+    with way.training():
+        frozen = FrozenLayers.of(way.model, way.inputs(some[:1])[0], tokens, directory)
+        with evaluating(way.model):
+            plain = float(way(way.model, some))
+    found = attrs.evolve(way, frozen=frozen)
+    with evaluating(way.model):
+        if reason := _fault(found, some, plain):
+            raise NotSupported(f"cache_frozen_layers: {reason}")
+    size = frozen.kept.numel() * frozen.kept.element_size() / 2**20
+    note = f"hidden states after {len(frozen.below)} frozen layers are kept, up to {size:,.1f} MiB in {directory}"
+    return attrs.evolve(found, notes=[note])
+
+
 def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], plain: float) -> RowsLoss:
     """`way` if it gives the plain loss, else `other` with a note of why not."""
     if reason := _fault(way, rows, plain):
@@ -175,7 +224,7 @@ def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], p
 
 def _sharing(chosen: RowsLoss, rows: Sequence[Encoded]) -> RowsLoss:
     """`chosen` with shared prefixes, if that gives the loss of `rows` without them."""
-    if drops(chosen.model):
+    if drops(chosen.model.modules()):
         return attrs.evolve(chosen, notes=[*chosen.notes, "no shared prefixes: rows would share their dropout, too"])
     with chosen.training():
         plain = float(chosen(chosen.model, rows))
@@ -201,7 +250,7 @@ def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None
     return f"the loss is {found:.6g} so, and {plain:.6g} plainly"
 
 
-def _supervised(rows: Sequence[Encoded], place: Callable[[int, int], int]) -> tuple[list[int], list[int]]:
+def _supervised(rows: Sequence[Encoded], place: Place) -> tuple[list[int], list[int]]:
     """The places, each before a supervised token, and the tokens to predict there; `place` is of a row and its token.
 
     A place in a shared prefix is there for each of its rows: the loss and gradient of each are added up.

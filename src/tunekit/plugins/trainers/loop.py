@@ -74,6 +74,12 @@ def fit(
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
     summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), run, context)
+    if sft.cache_frozen_layers:
+        if pieces:
+            raise NotSupported("cache_frozen_layers: the model is cut among processes; leave that out")
+        summed_loss = rows_loss.over_frozen(summed_loss, train, run.directory)
+        for note in summed_loss.notes:
+            run.note(note)
     # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
     model = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)

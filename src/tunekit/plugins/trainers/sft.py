@@ -63,6 +63,8 @@ class SFT(Trainer):
         compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
             where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
             padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
+        cache_frozen_layers: hidden states before the lowest trained layer (of `LastLayers`, say) are computed once for
+            each row and kept in the run directory while the run lasts; refused where that cannot be done.
         gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
             for a third more time, and the same gradient.
         max_length: longest row in tokens; None means the model's context length.
@@ -108,6 +110,7 @@ class SFT(Trainer):
     parallel: Literal["replicated", "sharded"] = "replicated"
     lean: bool = True
     compile: bool | Literal["auto"] = False
+    cache_frozen_layers: bool = False
     gradient_checkpointing: bool = False
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
@@ -137,6 +140,8 @@ class SFT(Trainer):
         package = optimization.OPTIMIZERS[self.optimizer].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{self.optimizer!r} needs {package}: pip install {package}", "SFT.optimizer")
+        if self.compile and self.cache_frozen_layers:
+            raise ConfigError("not together with compile; leave one of them out", "SFT.cache_frozen_layers")
         if self.packing and self.micro_batch_size != "auto":
             raise ConfigError("takes the place of micro_batch_size; leave one of them out", "SFT.packing")
         named = {"keep_best": [self.keep_best] if self.keep_best else [], "stop_beyond": self.stop_beyond or ()}
