@@ -85,6 +85,11 @@ ORDER = [
     "core.training.segments",
     "core.training.head_loss",
     "core.training.rows_loss",
+    "core.memory.memory_plan",
+    "core.memory.budget",
+    "core.memory.estimate",
+    "core.memory.live_bytes",
+    "core.memory.weightless",
     "core.inspection.preview",
     # what is wrong with data, before a run
     "core.inspection.row_hashes",
@@ -153,6 +158,8 @@ HEAVY = {
     "ray",
 }
 IMPORTED_INSIDE = {
+    "tunekit.core.memory.live_bytes",
+    "tunekit.core.memory.weightless",
     "tunekit.core.training.head_loss",
     *(
         f"tunekit.core.lean.{name}"
@@ -161,7 +168,7 @@ IMPORTED_INSIDE = {
 }
 """Modules that import heavy packages at their top, and are imported inside of functions themselves, or by each other."""
 LONG = 300
-READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 396}
+READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 420}
 """The files that may be longer than LONG, because they tell one story that a cut would scatter; and how long."""
 
 

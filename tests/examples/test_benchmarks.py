@@ -42,6 +42,12 @@ def test_the_memory_of_qlora_on_a_model_of_seven_billion_parameters(capsys):
     assert expected < torch.cuda.max_memory_allocated() < 2 * expected
 
 
+def test_the_predicted_memory_is_within_a_tenth_of_the_measured():
+    memory = runpy.run_path(str(BENCHMARKS / "memory.py"))
+    figures = memory["one"]("small", "LoRA", 32)
+    assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.1)
+
+
 def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):
     pytest.importorskip("bitsandbytes")
     methods = runpy.run_path(str(BENCHMARKS / "methods.py"))

@@ -13,9 +13,10 @@ from tunekit.errors import ConfigError, DataError, NotSupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from tunekit.core.data.codec import Codec
+    from tunekit.core.memory.memory_plan import MemoryPlan
     from tunekit.core.run.run_log import RunLog
 
 Example = Mapping[str, Any]
@@ -89,6 +90,13 @@ class Quantizer(Component):
 
         weight = getattr(module, "weight", None)
         return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
+
+    def stored_bytes(self, weight: Tensor) -> tuple[int, int]:
+        """Bytes of a linear layer's weight as it is stored, and of what belongs to it, such as scales: for the plan.
+
+        `weight` is on the meta device, of shape (out_features, in_features). Default: as large as it is unquantized.
+        """
+        return weight.numel() * weight.element_size(), 0
 
     @abstractmethod
     def dequantize(self, module: nn.Module) -> Tensor:
@@ -189,6 +197,34 @@ class Trainer(Component):
         """Bytes of tensors in one checkpoint, for the plan to show: what is trained, and the optimizer's states.
 
         `model` has the method attached and is on the meta device. Default: None, not known.
+        """
+        return None
+
+    def checkpoints_kept(self) -> int:
+        """How many checkpoints are on disk at once, at most. Default: 1."""
+        return 1
+
+    def plan_memory(
+        self,
+        model: Callable[[], nn.Module],
+        train: Sequence[Encoded],
+        tokenizer: PreTrainedTokenizerBase,
+        quantizer: Quantizer | None,
+        context: Context,
+        *,
+        unless_roomy: PretrainedConfig | None = None,
+    ) -> MemoryPlan | None:
+        """What a step will need of memory, counted before any weights are loaded. Default: None, not known.
+
+        Args:
+            model: makes the model with the method attached, on the meta device; a new one each time.
+            train: encoded rows.
+            tokenizer: for its pad token.
+            quantizer: how the base will be stored.
+            context: the facts of the run, its device and dtype among them.
+            unless_roomy: the model's configuration, where None will do if there is plenty of memory: for a run.
+
+        Raises ConfigError where the memory that the user allows does not suffice, with what is needed by part.
         """
         return None
 

@@ -22,6 +22,7 @@ from tunekit.core.inspection.preview import Preview, first_rows
 from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
+from tunekit.core.memory.memory_plan import MemoryPlan
 from tunekit.core.model import added_tokens, fingerprint
 from tunekit.core.model.base import Base, LoadBase, Loaded, choose_device, context_length, load_base
 from tunekit.core.model.dequantize import dequantize
@@ -162,8 +163,9 @@ class Pipeline:
         device = choose_device(self.device)
         held = choose_precision(self.dtype, device, self.adapter)
         context = self._context(device, held.dtype, codec, total_steps=steps)
-        trained = self.adapter.attach(self._base.empty(context.dtype, context.added_ids), context)
+        trained = self._empty(context)
         trainable, total = count_parameters(trained)
+        memory = self._memory(lambda: self._empty(context), data, codec, context)
         return Plan(
             rows=len(data.train),
             validation_rows=len(data.validation),
@@ -176,7 +178,10 @@ class Pipeline:
             total_parameters=total,
             precision=str(held),
             checkpoint=self.trainer.checkpoint_bytes(trained),
-            memory=standing_memory(trained, 4 if held.dtype == "float32" else 2, quantized=self._quantizer is not None),
+            checkpoints=self.trainer.checkpoints_kept(),
+            memory=memory.parts if memory else standing_memory(trained),
+            available=memory.budget if memory else None,
+            choices=memory.choices if memory else {},
             changed=data.changed,
         )
 
@@ -234,19 +239,22 @@ class Pipeline:
         processes, device = join(self.trainer, choose_device(self.device))
         if not resume:
             processes.first(partial(files.check_free, directory))
-        codec = self._base.codec(self.template)
-        data = processes.in_turn(lambda: self._data(codec, context_length(self._base.config())))
+        codec, config = self._base.codec(self.template), self._base.config()
+        data = processes.in_turn(lambda: self._data(codec, context_length(config)))
         processes.check_same("what the data source gives", data.fingerprint)
         steps = self.trainer.planned_steps(len(data.train))
         told.add(Gauge(device, tokens_of_steps(self.trainer, data.train.lengths, self.seed)))
         end = self.adapter.earliest_end(steps)
         context = self._context(device, codec=codec, total_steps=steps, earliest_end=end, run_directory=directory)
+        memory = processes.shared(self._memory, partial(self._empty, context), data, codec, context, config)
 
         with opened(directory, self._facts(codec, data, context), steps, resume, processes) as found:
             log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
-            log.begin(steps, found.notes)
+            settled = None if found.checkpoint else memory  # a run that goes on has settled it before
+            log.begin(steps, [*found.notes, *(settled.notes if settled else ())])
             try:
-                run = self._train(log, codec, data, context, found, load)
+                trainer = settled.trainer if settled else self.trainer
+                run = self._train(log, codec, data, context, found, load, trainer)
             except BaseException as error:
                 log.end(error)
                 raise
@@ -255,7 +263,14 @@ class Pipeline:
             return run
 
     def _train(
-        self, log: RunLog, codec: Codec, data: dataset.Data, context: Context, found: Opened, load: LoadBase
+        self,
+        log: RunLog,
+        codec: Codec,
+        data: dataset.Data,
+        context: Context,
+        found: Opened,
+        load: LoadBase,
+        trainer: Trainer,
     ) -> Run:
         from transformers import set_seed
 
@@ -280,7 +295,7 @@ class Pipeline:
             self.adapter.load_train_state(model, log.resumed.state["method"])
             found.record()
 
-        trained = self.trainer.fit(
+        trained = trainer.fit(
             pieces.cut(model),
             codec.tokenizer,
             data.train,
@@ -330,6 +345,17 @@ class Pipeline:
     def _components(self) -> list[Component]:
         parts = [self.data, self.validation, self.adapter, self._quantizer, self.trainer, *self.evaluators]
         return [part for part in parts if isinstance(part, Component)]
+
+    def _empty(self, context: Context) -> Any:
+        """The model with the method attached, on the meta device."""
+        return self.adapter.attach(self._base.empty(context.dtype, context.added_ids), context)
+
+    def _memory(
+        self, empty: Any, data: dataset.Data, codec: Codec, context: Context, unless_roomy: Any = None
+    ) -> MemoryPlan | None:
+        return self.trainer.plan_memory(
+            empty, data.train, codec.tokenizer, self._quantizer, context, unless_roomy=unless_roomy
+        )
 
     def _context(self, device: str = "", dtype: str = "", codec: Codec | None = None, **facts: Any) -> Context:
         return Context(

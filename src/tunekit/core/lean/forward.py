@@ -48,7 +48,8 @@ class LeanForward(ABC):
         import torch
 
         layer = self.layer
-        usual = args or options or layer.disable_adapters or layer.merged or torch.is_autocast_enabled(x.device.type)
+        casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
+        usual = args or options or layer.disable_adapters or layer.merged or casting
         if usual or not self.takes(x.dtype):
             found: Tensor = type(layer).forward(layer, x, *args, **options)
             return found

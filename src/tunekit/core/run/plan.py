@@ -27,7 +27,11 @@ class Plan:
         total_parameters: all parameters, trainable ones included.
         precision: the dtype of the base's weights, and why.
         checkpoint: bytes of one on disk; None if the trainer does not say.
-        memory: bytes by part that are held throughout; activations come on top.
+        checkpoints: how many of them are on disk at once, at most.
+        memory: bytes by part when a training step needs the most; evaluations are not in it. Where the trainer does not
+            say, what is held throughout.
+        available: bytes there are for it; None if the trainer does not say.
+        choices: what the trainer has settled to keep within them, and why.
         changed: rows dropped or cut, by reason.
     """
 
@@ -42,7 +46,10 @@ class Plan:
     total_parameters: int
     precision: str
     checkpoint: int | None
+    checkpoints: int
     memory: Mapping[str, int]
+    available: int | None
+    choices: Mapping[str, str]
     changed: Mapping[str, int]
 
     def __str__(self) -> str:
@@ -69,9 +76,21 @@ class Plan:
             ],
             ["base weights", self.precision],
             *([] if self.checkpoint is None else [["a checkpoint", f"{self.checkpoint / 2**20:,.1f} MiB on disk"]]),
-            *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items()),
+            *([] if self.checkpoint is None else [["all checkpoints", self._all_checkpoints(self.checkpoint)]]),
+            *([f"memory: {part}", f"{size / 2**20:,.1f} MiB"] for part, size in self.memory.items() if size),
+            ["memory: all", self._all_memory()],
+            *([name, choice] for name, choice in self.choices.items()),
             *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in self.changed.items()),
         ]
+
+    def _all_checkpoints(self, one: int) -> str:
+        return f"{self.checkpoints * one / 2**20:,.1f} MiB on disk, {self.checkpoints} at most"
+
+    def _all_memory(self) -> str:
+        needed = f"{sum(self.memory.values()) / 2**20:,.1f} MiB"
+        if self.available is None:
+            return f"{needed}, and what activations take"
+        return f"{needed} in a training step, of {self.available / 2**20:,.1f} MiB"
 
 
 def count_parameters(model: "nn.Module") -> tuple[int, int]:
@@ -80,16 +99,12 @@ def count_parameters(model: "nn.Module") -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def standing_memory(model: "nn.Module", base_bytes: int, quantized: bool) -> dict[str, int]:
-    """Bytes held throughout training by part.
+def standing_memory(model: "nn.Module") -> dict[str, int]:
+    """Bytes held throughout training by part, the base as it is before quantization.
 
     Args:
         model: the model with the method attached; on the meta device will do.
-        base_bytes: bytes of one frozen weight.
-        quantized: whether the base is then stored in fewer bits; what that saves is not reckoned here, and said so.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    trained = sum(p.numel() * p.element_size() for p in trainable)
-    part = "frozen weights, before quantization" if quantized else "frozen weights"
-    return {part: frozen * base_bytes, "trained weights": trained, "gradients": trained}
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return {"frozen weights": frozen, "trained weights": trained, "gradients": trained}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ BLOCK = 256
 """Queries that look at the keys of their window at a time, where a row is longer than it."""
 HEAD_SIZE = 256
 """The largest head that the kernels of variable lengths take."""
+
+STANDS_FOR: ContextVar[str] = ContextVar("what tensors on the meta device stand for", default="meta")
+"""The type of the device whose steps are rehearsed on the meta device."""
 
 
 def causal_attention(
@@ -41,7 +45,7 @@ def causal_attention(
 
     tokens, dtype = key.shape[2], query.dtype
     before = tokens - query.shape[2]
-    if query.device.type == "cpu":
+    if _device_type(query) == "cpu":
         # Without a matrix unit for it, half precision is three times as slow here as float32, casts included.
         query, key, value = query.float(), key.float(), value.float()
     if not before and softcap is None and (window is None or tokens <= window):
@@ -149,3 +153,7 @@ def _masked_attention(
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return dropped(weights, dropout) @ value
+
+
+def _device_type(tensor: Tensor) -> str:
+    return STANDS_FOR.get() if tensor.is_meta else tensor.device.type

@@ -49,6 +49,10 @@ class Int8(Quantizer):
 
         return isinstance(module, Linear8bitLt)
 
+    def stored_bytes(self, weight: Tensor) -> tuple[int, int]:
+        """A byte a weight, and 4 for each row."""
+        return weight.numel(), 4 * len(weight)
+
     def dequantize(self, module: nn.Module) -> Tensor:
         """The integers times their row's scale, in float32."""
         # The first forward pass moves the scales from the weight into the state of the module.

@@ -78,6 +78,15 @@ class NF4(Quantizer):
 
         return isinstance(module, Linear4bit)
 
+    def stored_bytes(self, weight: Tensor) -> tuple[int, int]:
+        """Half a byte a weight; for each block of 64 a scale of 4 bytes, or of one and 4 bytes for every 256 of them.
+
+        Besides, the tables of values: 16 of the weights, 256 of the scales, and the mean of the scales.
+        """
+        blocks = math.ceil(weight.numel() / 64)
+        scales = blocks + 4 * math.ceil(blocks / 256) + 4 * 257 if self.double_quantization else 4 * blocks
+        return math.ceil(weight.numel() / 2), scales + 4 * 16
+
     def dequantize(self, module: nn.Module) -> Tensor:
         """The 16 values times the scales, in float32 whatever the dtype of the base."""
         import torch

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,10 @@ from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.parallel import started
 from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
-from tunekit.errors import NotSupported, TrainingError
+from tunekit.errors import TrainingError
 from tunekit.plugins.trainers import micro_batches, optimization
 from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
+from tunekit.plugins.trainers.recomputing import activations_computed_again
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
 if TYPE_CHECKING:
@@ -65,11 +65,9 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lengths = batching.lengths(train)
     order = batching.RowOrder(lengths=lengths, batch_size=sft.batch_size, seed=context.seed, order=sft.order)
-    so_far = SoFar(limits=Limits.of(sft.micro_batch_size, sft.packing))
+    so_far = SoFar(limits=Limits.of(sft), recomputed=sft.recomputed_layers)
     if run.resumed:
-        so_far = SoFar(**run.resumed.state["trainer"]["so_far"])
-        if not so_far.limits.halved:
-            so_far.limits = Limits.of(sft.micro_batch_size, sft.packing)  # a forced resume may have another
+        so_far = SoFar.resumed(run.resumed.state["trainer"]["so_far"], sft)
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
@@ -87,9 +85,7 @@ def fit(
     run.draw(context.seed)  # last: nothing else may draw random numbers
 
     saved_at = time.monotonic()
-    recomputing: AbstractContextManager[None] = nullcontext()
-    if sft.gradient_checkpointing:
-        recomputing = activations_computed_again(accelerator.unwrap_model(model))
+    recomputing = activations_computed_again(accelerator.unwrap_model(model), so_far.recomputed)
     with summed_loss.training(), recomputing, asked_to_stop() as asked:
         for step in range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1):
             rows = order.of_step(step)
@@ -223,18 +219,3 @@ def _clear(optimizer: Optimizer, model: nn.Module) -> bool:
 def _part(summed_loss: RowsLoss, model: nn.Module, tokens: int, rows: Sequence[Encoded]) -> Tensor:
     """A part of the step's loss. Divided by the tokens of the whole step: every token weighs the same in any split."""
     return summed_loss(model, rows) / tokens
-
-
-@contextmanager
-def activations_computed_again(model: nn.Module) -> Iterator[None]:
-    """Within it, training `model` keeps the activations of no layer but its input; NotSupported if it cannot do so."""
-    # Transformers has given it the first name of late.
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    try:
-        getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
-    except (AttributeError, ValueError) as error:
-        raise NotSupported(f"{type(model).__name__} knows no gradient checkpointing: {error}") from None
-    try:
-        yield
-    finally:
-        getattr(model, f"{word}_checkpointing_disable")()

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import attrs
 
 from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded
 from tunekit.core.run.checkpoint import random_states, set_random_states
+from tunekit.core.training.parallel import started
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-AUTO_TOKENS = 4096
-"""Padded tokens in one forward pass where the user does not say how many rows."""
+    from tunekit.plugins.trainers.sft import SFT
+
+LOOKED_AT = 1_000_000
+"""So many rows of a run are looked at, to find those that go through the model at once and are most."""
 ALLOCATOR = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's allocators say in a plain RuntimeError."""
+LABELS_READ = 20_000
+"""So many rows are read for their labels, the first: their lengths are known without."""
 
 
 @attrs.define(kw_only=True)
@@ -36,11 +42,17 @@ class Limits:
     halved: int = 0
 
     @classmethod
-    def of(cls, micro_batch_size: int | Literal["auto"], packing: int | None = None) -> Limits:
-        """Those that the user's fields ask for."""
-        if packing:
-            return cls(tokens=packing)
-        return cls(tokens=AUTO_TOKENS) if micro_batch_size == "auto" else cls(rows=int(micro_batch_size))
+    def of(cls, sft: SFT) -> Limits:
+        """Those that the trainer's fields ask for."""
+        size = sft.micro_batch_size
+        if sft.packing:
+            return cls(tokens=sft.packing)
+        return cls(tokens=sft.micro_batch_tokens) if size == "auto" else cls(rows=int(size))
+
+    def resumed(self, asked: Limits) -> Limits:
+        """Those of a checkpoint, unless a resume was forced that asks for others: what was settled stays settled."""
+        alike = (self.rows is None) == (asked.rows is None) and self.tokens <= asked.tokens
+        return self if self.halved or (alike and self.rows == asked.rows) else asked
 
     def halve(self, rows: int, tokens: int) -> None:
         """Allow half of a forward pass that did not fit, of so many rows and padded tokens."""
@@ -159,6 +171,46 @@ def read(
     *found, length = torch.stack([tensor.detach().double() for tensor in (*there, norm)]).tolist()
     numbers = iter(found)
     return [(loss if isinstance(loss, float) else next(numbers), rows) for loss, rows in losses], length
+
+
+def heaviest(
+    train: Sequence[Encoded], sft: SFT, seed: int, *, padded: bool
+) -> tuple[list[int], list[int], tuple[int, int]]:
+    """The rows of the forward passes of a run with the most tokens: among the first of a step, and the later ones.
+
+    Then the most supervised tokens that any pass of either kind has, which need not be those.
+
+    Args:
+        train: encoded rows.
+        sft: the trainer of the run.
+        seed: of the run.
+        padded: whether rows are padded.
+    """
+    lengths, limits, processes = batching.lengths(train), Limits.of(sft), started()
+    most = [(0, 0), (0, 0)]
+    found: tuple[list[int], list[int]] = ([], [])
+    supervised = [batching.supervised_tokens(row) for _, row in zip(range(LABELS_READ), train, strict=False)]
+    labels = [0, 0]
+    per_epoch = batching.steps_per_epoch(len(lengths), sft.batch_size)
+    epochs = math.ceil(sft.planned_steps(len(lengths)) / per_epoch)
+    order = batching.RowOrder(lengths=lengths, batch_size=sft.batch_size, seed=seed, order=sft.order)
+    for epoch in range(min(epochs, math.ceil(LOOKED_AT / len(lengths)))):
+        for start in range(0, len(lengths), sft.batch_size):
+            rows = order.epoch(epoch)[start : start + sft.batch_size]
+            for rank in range(processes.count):
+                share = attrs.evolve(processes, rank=rank).share(rows, [lengths[at] for at in rows])
+                groups = batching.chunks([lengths[at] for at in share], limits.tokens, limits.rows, padded)
+                for number, group in enumerate(groups):
+                    each = [lengths[share[at]] for at in group]
+                    size = len(group) * max(each) if padded else sum(each), max(each)
+                    later = number > 0
+                    known = [supervised[share[at]] for at in group if share[at] < len(supervised)]
+                    labels[later] = max(labels[later], sum(known))
+                    if size > most[later]:
+                        most[later], found[later][:] = size, [share[at] for at in group]
+        if sft.order == "as-given":
+            break
+    return *found, (labels[0], labels[1])
 
 
 def smallest(limits: Sequence[Limits]) -> Limits:

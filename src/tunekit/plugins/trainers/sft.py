@@ -14,7 +14,7 @@ from tunekit.core.data import batching
 from tunekit.core.data.batching import Order
 from tunekit.core.data.codec import Codec, TrainOn
 from tunekit.core.fields import at_least, between, did_you_mean, positive
-from tunekit.core.interfaces import Encoded, Example, Trainer
+from tunekit.core.interfaces import Encoded, Example, Quantizer, Trainer
 from tunekit.core.outcomes import TrainResult
 from tunekit.core.training.parallel import asks_for_pieces
 from tunekit.errors import ConfigError
@@ -22,8 +22,9 @@ from tunekit.plugins.trainers import optimization
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from tunekit.core.memory.memory_plan import MemoryPlan
     from tunekit.core.run.run_log import RunLog
 
 
@@ -48,6 +49,8 @@ class SFT(Trainer):
         micro_batch_size: rows in one forward pass, at most, or "auto"; a matter of memory and speed alone.
         packing: tokens that the rows of a step are packed into for one forward pass, in the place of micro_batch_size:
             best-fit decreasing; a step has its batch_size rows all the same, and its loss. None for no such budget.
+        micro_batch_tokens: tokens in one forward pass where `micro_batch_size` is "auto", counted as they are padded;
+            fewer where the memory asks for it. One row may be longer.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         shared_prefix: what rows of a forward pass begin with alike, a system prompt or a document, is computed once for
@@ -66,7 +69,10 @@ class SFT(Trainer):
         cache_frozen_layers: hidden states before the lowest trained layer (of `LastLayers`, say) are computed once for
             each row and kept in the run directory while the run lasts; refused where that cannot be done.
         gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
-            for a third more time, and the same gradient.
+            for a third more time, and the same gradient. True for all layers, a number for the first so many that keep
+            anything, "auto" for as few as the memory asks for: none while it suffices.
+        memory: GiB that training may take, its model included; None for what is free when the run begins. It is what
+            "auto" goes by; a step that does not fit into it is refused before any weights are loaded.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
         on_long: "error", "drop" or "truncate" rows that are longer than max_length, or "split" them into windows, which
@@ -104,6 +110,7 @@ class SFT(Trainer):
     batch_size: int = attrs.field(default=16, validator=at_least(1))
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
     packing: int | None = attrs.field(default=None, validator=at_least(1))
+    micro_batch_tokens: int = attrs.field(default=4096, validator=at_least(1))
     padding_free: bool = True
     shared_prefix: bool = True
     chunked_loss: bool = True
@@ -111,7 +118,8 @@ class SFT(Trainer):
     lean: bool = True
     compile: bool | Literal["auto"] = False
     cache_frozen_layers: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int | Literal["auto"] = attrs.field(default="auto", validator=at_least(0))
+    memory: float | None = attrs.field(default=None, validator=[positive, between(0, math.inf)])
     max_length: int | None = attrs.field(default=None, validator=at_least(2))
     train_on: TrainOn = "assistant"
     on_long: Literal["error", "drop", "truncate", "split"] = "error"
@@ -168,6 +176,33 @@ class SFT(Trainer):
         """Bytes of what is trained and of the optimizer's states; a few kilobytes of names and numbers come on top."""
         trained: int = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return trained + optimization.size(optimization.make(self.optimizer, model, 1.0, self.weight_decay))
+
+    def checkpoints_kept(self) -> int:
+        """Those that stay, the best, and the one that is being written."""
+        return self.keep + (self.keep_best is not None) + 1
+
+    @property
+    def recomputed_layers(self) -> int | None:
+        """The first so many layers are recomputed in the backward pass; None for all of them."""
+        asked = self.gradient_checkpointing
+        return 0 if asked == "auto" else {True: None, False: 0}[asked] if isinstance(asked, bool) else int(asked)
+
+    def plan_memory(
+        self,
+        model: Callable[[], nn.Module],
+        train: Sequence[Encoded],
+        tokenizer: PreTrainedTokenizerBase,
+        quantizer: Quantizer | None,
+        context: Context,
+        *,
+        unless_roomy: PretrainedConfig | None = None,
+    ) -> MemoryPlan | None:
+        """Rehearses the step with the most tokens at once; see `Trainer.plan_memory`. None for a model in pieces."""
+        from tunekit.plugins.trainers import memory_plan
+
+        if self.parallel == "sharded" or asks_for_pieces():
+            return None
+        return memory_plan.plan(self, model, train, tokenizer, quantizer, context, unless_roomy)
 
     def encode(self, example: Example, codec: Codec) -> Encoded:
         """Tokens of a row, with labels on what `train_on` names."""

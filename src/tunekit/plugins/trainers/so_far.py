@@ -41,6 +41,7 @@ class SoFar:
         stopped_at: the last step, where it is not the last of those planned.
         stopped: why it is, in words.
         limits: of a forward pass.
+        recomputed: layers that are computed again in the backward pass, the first so many; None for all.
     """
 
     loss: float | None = None
@@ -51,6 +52,16 @@ class SoFar:
     stopped_at: int | None = None
     stopped: str | None = None
     limits: Limits = attrs.field(factory=Limits, converter=_as_limits)
+    recomputed: int | None = 0
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any], sft: SFT) -> SoFar:
+        """What a checkpoint knows; of what a trainer leaves open, what was settled when the run began."""
+        found = cls(**state)
+        found.limits = found.limits.resumed(Limits.of(sft))
+        if sft.gradient_checkpointing != "auto":
+            found.recomputed = sft.recomputed_layers
+        return found
 
     def is_best(self, step: int, value: float, better: Literal["min", "max"]) -> bool:
         """Whether `value`, measured at `step`, is better than all before; if so it is noted."""

@@ -1,0 +1,175 @@
+"""A run keeps within its memory: by nothing while that suffices, else by as little as suffices; and its numbers stay."""
+
+import attrs
+import pytest
+import torch
+from test_sft import encoded, fit, largest_difference
+
+import tunekit as tk
+from tunekit.core.data import batching
+from tunekit.core.memory.budget import fits
+from tunekit.core.run.checkpoint import newest
+from tunekit.errors import NotSupported
+from tunekit.plugins.trainers.memory_plan import settled
+from tunekit.plugins.trainers.micro_batches import Limits, heaviest
+from tunekit.plugins.trainers.recomputing import activations_computed_again, layers_to_recompute
+from tunekit.testing import tiny_model
+
+LAYERS = 10
+GIB = 2**30
+
+
+def needs(sft):
+    """A model of ten layers, each of which keeps 1 MiB for 64 tokens; recomputed, a tenth of that."""
+    kept = {None: 0, 0: LAYERS}.get(sft.recomputed_layers, LAYERS - (sft.recomputed_layers or 0))
+    size = sft.micro_batch_tokens * 2**14 if sft.micro_batch_size == "auto" else sft.micro_batch_size * 2**20
+    return {"frozen weights": 20 * 2**20, "activations": int(size * (kept + 0.1 * (LAYERS - kept)))}
+
+
+def choose(mebibytes, longest=100, **changes):
+    sft = tk.SFT(**{"micro_batch_tokens": 640, **changes})
+    return settled(sft, needs, LAYERS, mebibytes * 2**20, longest)
+
+
+def test_nothing_is_done_while_the_memory_suffices():
+    plan = choose(200)
+    assert plan.trainer.recomputed_layers == 0
+    assert plan.trainer.micro_batch_tokens == 640
+    assert plan.choices["gradient checkpointing"] == "not needed"
+    assert "why" not in plan.choices
+
+
+@pytest.mark.parametrize("budget", range(45, 130, 5))
+def test_as_few_layers_are_recomputed_as_suffice(budget):
+    plan = choose(budget)
+    count = plan.trainer.recomputed_layers
+    assert fits(plan.parts, plan.budget)
+    assert plan.trainer.micro_batch_tokens == 640, "before a forward pass has fewer tokens"
+    fewer = attrs.evolve(plan.trainer, gradient_checkpointing=(LAYERS if count is None else count) - 1)
+    assert not fits(needs(fewer), plan.budget)
+    assert plan.choices["why"] == f"120.0 MiB would be needed without, of {budget}.0 MiB"
+
+
+def test_then_there_are_fewer_tokens_at_once_and_never_less_than_a_row():
+    plan = choose(25)
+    assert plan.trainer.recomputed_layers is None
+    assert 100 <= plan.trainer.micro_batch_tokens <= 320
+    assert fits(plan.parts, plan.budget)
+    assert plan.choices["a forward pass"].endswith("instead of 640")
+    with pytest.raises(tk.ConfigError, match=r"20.5 MiB do not|21.0 MiB do not suffice: .* at least, of it frozen wei"):
+        choose(21, memory=21 / 1024)
+    assert choose(21).choices["not enough"], "where the user allows nothing, the least is tried"
+    assert choose(21).trainer.micro_batch_tokens == 100
+
+
+def test_what_the_user_has_set_is_left_alone():
+    with pytest.raises(tk.ConfigError, match=r"SFT\.memory"):
+        choose(40, memory=1, gradient_checkpointing=False, micro_batch_size=10)
+    assert choose(60, gradient_checkpointing=True).trainer.recomputed_layers is None
+    assert choose(200, gradient_checkpointing=3).trainer.recomputed_layers == 3
+
+
+def test_a_model_that_cannot_recompute_has_fewer_tokens_at_once():
+    def unable(sft):
+        if sft.recomputed_layers != 0:
+            raise NotSupported("it knows no gradient checkpointing")
+        return needs(sft)
+
+    plan = settled(tk.SFT(micro_batch_tokens=640), unable, LAYERS, 60 * 2**20, 50)
+    assert plan.trainer.recomputed_layers == 0
+    assert fits(plan.parts, plan.budget)
+
+
+def test_the_passes_with_the_most_tokens_are_those_of_the_run():
+    rows = encoded(20)
+    lengths = [len(row["input_ids"]) for row in rows]
+    sft = tk.SFT(epochs=2, batch_size=6, micro_batch_tokens=100)
+    first, later, labels = heaviest(rows, sft, seed=1, padded=False)
+    assert max(lengths) == lengths[first[0]]
+    assert 0 < sum(lengths[at] for at in later) <= 100 or len(later) == 1
+    passes = [sum(batching.supervised_tokens(rows[at]) for at in group) for group in (first, later)]
+    assert labels[0] >= passes[0] > 0
+    assert labels[1] >= passes[1] > 0
+    alone = heaviest(rows, attrs.evolve(sft, micro_batch_size=6), seed=1, padded=True)
+    assert not alone[1]
+    assert len(alone[0]) == 6
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, None])
+def test_only_the_first_layers_are_computed_again(layers):
+    model = tiny_model().train()
+    passes = []
+    for number, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: passes.append(number))
+    with activations_computed_again(model, layers):
+        model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    again = list(range(2 if layers is None else layers))
+    assert sorted(passes) == sorted([0, 1, *again])
+    assert not model.is_gradient_checkpointing
+
+
+def test_layers_that_keep_nothing_are_not_counted():
+    model = tiny_model().requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    assert layers_to_recompute(model) == [model.model.layers[1]]
+    model.model.embed_tokens.requires_grad_(True)
+    assert layers_to_recompute(model) == list(model.model.layers)
+
+
+def test_a_resumed_run_goes_on_with_what_was_settled(tmp_path):
+    asked = tk.SFT(max_steps=4, batch_size=4, learning_rate=0.01, save_every=2)
+    chosen = attrs.evolve(asked, gradient_checkpointing=1, micro_batch_tokens=40)
+    whole, _, _ = fit(chosen, tmp_path / "run")
+    checkpoint = newest(tmp_path / "run" / "checkpoints")
+    state = checkpoint.state["trainer"]["so_far"]
+    assert (state["recomputed"], state["limits"]["tokens"]) == (1, 40)
+    (tmp_path / "again").mkdir()
+    again, _, _ = fit(asked, tmp_path / "again", resumed=checkpoint)
+    assert largest_difference(whole, again) == 0
+
+
+def test_limits_of_a_checkpoint_stay_unless_others_are_asked_for():
+    auto = Limits(tokens=100)
+    assert auto.resumed(Limits(tokens=4096)) is auto
+    assert auto.resumed(Limits(tokens=50)).tokens == 50
+    assert auto.resumed(Limits(rows=3)).rows == 3
+    assert Limits(rows=2).resumed(Limits(rows=3)).rows == 3
+    assert Limits(rows=2, halved=1).resumed(Limits(rows=4)).rows == 2
+
+
+ROWS = [{"prompt": f"What is {n} + {n}?", "completion": "ab " * n} for n in range(1, 25)]
+
+
+def pipeline(place, **changes):
+    trainer = tk.SFT(**{"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, **changes})
+    return tk.Pipeline(
+        model=str(place), data=tk.InMemory(rows=ROWS), validation=0, adapter=tk.LoRA(rank=2), trainer=trainer
+    )
+
+
+def test_a_run_does_what_the_plan_says_and_learns_the_same(tiny_directory, tmp_path):
+    free = pipeline(tiny_directory).plan()
+    need = sum(free.memory.values())
+    assert free.choices["gradient checkpointing"] == "not needed"
+    tight = pipeline(tiny_directory, memory=0.7 * need / GIB)
+    plan = tight.plan()
+    assert sum(plan.memory.values()) < 0.7 * need
+    shown = str(plan)
+    assert plan.choices["why"] in shown
+    assert "memory: activations" in shown
+    runs = [made.run(tmp_path / name) for name, made in (("free", pipeline(tiny_directory)), ("tight", tight))]
+    assert runs[1].metrics == pytest.approx(runs[0].metrics)
+    losses = [[line["loss"] for line in run.history] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    log = (tmp_path / "tight" / "log.txt").read_text()
+    assert plan.choices["gradient checkpointing"] in log
+    assert "memory:" not in (tmp_path / "free" / "log.txt").read_text(), "nothing was short"
+
+
+def test_too_little_memory_is_an_error_before_weights_are_loaded(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("tunekit.core.model.base.Base.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    small = pipeline(tiny_directory, memory=1e-5)
+    for attempt in (small.plan, lambda: small.run(tmp_path / "run")):
+        with pytest.raises(tk.ConfigError, match=r"do not suffice: a step needs .* at least, of it .*frozen weights"):
+            attempt()
+    assert not (tmp_path / "run").exists()
