@@ -10,6 +10,7 @@ from tunekit.core.data import batching
 from tunekit.core.memory.budget import fits
 from tunekit.core.run.checkpoint import newest
 from tunekit.errors import NotSupported
+from tunekit.plugins.trainers import micro_batches
 from tunekit.plugins.trainers.memory_plan import settled
 from tunekit.plugins.trainers.micro_batches import Limits, heaviest
 from tunekit.plugins.trainers.recomputing import activations_computed_again, layers_to_recompute
@@ -19,49 +20,60 @@ LAYERS = 10
 GIB = 2**30
 
 
+@pytest.fixture
+def auto(monkeypatch):
+    """640 tokens in a forward pass where the user leaves it open."""
+    monkeypatch.setattr(micro_batches, "AUTO_TOKENS", 640)
+
+
 def needs(sft):
     """A model of ten layers, each of which keeps 1 MiB for 64 tokens; recomputed, a tenth of that."""
     kept = {None: 0, 0: LAYERS}.get(sft.recomputed_layers, LAYERS - (sft.recomputed_layers or 0))
-    size = sft.micro_batch_tokens * 2**14 if sft.micro_batch_size == "auto" else sft.micro_batch_size * 2**20
+    limits = Limits.of(sft)
+    size = limits.tokens * 2**14 if limits.rows is None else limits.rows * 2**20
     return {"frozen weights": 20 * 2**20, "activations": int(size * (kept + 0.1 * (LAYERS - kept)))}
 
 
 def choose(mebibytes, longest=100, **changes):
-    sft = tk.SFT(**{"micro_batch_tokens": 640, **changes})
-    return settled(sft, needs, LAYERS, mebibytes * 2**20, longest)
+    return settled(tk.SFT(**changes), needs, LAYERS, mebibytes * 2**20, longest)
 
 
+@pytest.mark.usefixtures("auto")
 def test_nothing_is_done_while_the_memory_suffices():
     plan = choose(200)
     assert plan.trainer.recomputed_layers == 0
-    assert plan.trainer.micro_batch_tokens == 640
+    assert Limits.of(plan.trainer).tokens == 640
     assert plan.choices["gradient checkpointing"] == "not needed"
     assert "why" not in plan.choices
 
 
+@pytest.mark.usefixtures("auto")
+@pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize("budget", range(45, 130, 5))
 def test_as_few_layers_are_recomputed_as_suffice(budget):
     plan = choose(budget)
     count = plan.trainer.recomputed_layers
     assert fits(plan.parts, plan.budget)
-    assert plan.trainer.micro_batch_tokens == 640, "before a forward pass has fewer tokens"
+    assert Limits.of(plan.trainer).tokens == 640, "before a forward pass has fewer tokens"
     fewer = attrs.evolve(plan.trainer, gradient_checkpointing=(LAYERS if count is None else count) - 1)
     assert not fits(needs(fewer), plan.budget)
     assert plan.choices["why"] == f"120.0 MiB would be needed without, of {budget}.0 MiB"
 
 
+@pytest.mark.usefixtures("auto")
 def test_then_there_are_fewer_tokens_at_once_and_never_less_than_a_row():
     plan = choose(25)
     assert plan.trainer.recomputed_layers is None
-    assert 100 <= plan.trainer.micro_batch_tokens <= 320
+    assert 100 <= Limits.of(plan.trainer).tokens <= 320
     assert fits(plan.parts, plan.budget)
     assert plan.choices["a forward pass"].endswith("instead of 640")
     with pytest.raises(tk.ConfigError, match=r"20.5 MiB do not|21.0 MiB do not suffice: .* at least, of it frozen wei"):
         choose(21, memory=21 / 1024)
     assert choose(21).choices["not enough"], "where the user allows nothing, the least is tried"
-    assert choose(21).trainer.micro_batch_tokens == 100
+    assert Limits.of(choose(21).trainer).tokens == 100
 
 
+@pytest.mark.usefixtures("auto")
 def test_what_the_user_has_set_is_left_alone():
     with pytest.raises(tk.ConfigError, match=r"SFT\.memory"):
         choose(40, memory=1, gradient_checkpointing=False, micro_batch_size=10)
@@ -75,7 +87,7 @@ def test_a_model_that_cannot_recompute_has_fewer_tokens_at_once():
             raise NotSupported("it knows no gradient checkpointing")
         return needs(sft)
 
-    plan = settled(tk.SFT(micro_batch_tokens=640), unable, LAYERS, 60 * 2**20, 50)
+    plan = settled(tk.SFT(), unable, LAYERS, 60 * 2**20, 50)
     assert plan.trainer.recomputed_layers == 0
     assert fits(plan.parts, plan.budget)
 
@@ -83,14 +95,14 @@ def test_a_model_that_cannot_recompute_has_fewer_tokens_at_once():
 def test_the_passes_with_the_most_tokens_are_those_of_the_run():
     rows = encoded(20)
     lengths = [len(row["input_ids"]) for row in rows]
-    sft = tk.SFT(epochs=2, batch_size=6, micro_batch_tokens=100)
+    sft = tk.SFT(epochs=2, batch_size=6, packing=100)
     first, later, labels = heaviest(rows, sft, seed=1, padded=False)
     assert max(lengths) == lengths[first[0]]
     assert 0 < sum(lengths[at] for at in later) <= 100 or len(later) == 1
     passes = [sum(batching.supervised_tokens(rows[at]) for at in group) for group in (first, later)]
     assert labels[0] >= passes[0] > 0
     assert labels[1] >= passes[1] > 0
-    alone = heaviest(rows, attrs.evolve(sft, micro_batch_size=6), seed=1, padded=True)
+    alone = heaviest(rows, attrs.evolve(sft, packing=None, micro_batch_size=6), seed=1, padded=True)
     assert not alone[1]
     assert len(alone[0]) == 6
 
@@ -118,7 +130,7 @@ def test_layers_that_keep_nothing_are_not_counted():
 
 def test_a_resumed_run_goes_on_with_what_was_settled(tmp_path):
     asked = tk.SFT(max_steps=4, batch_size=4, learning_rate=0.01, save_every=2)
-    chosen = attrs.evolve(asked, gradient_checkpointing=1, micro_batch_tokens=40)
+    chosen = attrs.evolve(asked, gradient_checkpointing=1, packing=40)
     whole, _, _ = fit(chosen, tmp_path / "run")
     checkpoint = newest(tmp_path / "run" / "checkpoints")
     state = checkpoint.state["trainer"]["so_far"]

@@ -23,7 +23,7 @@ from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.parallel import started
 from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
-from tunekit.errors import TrainingError
+from tunekit.errors import NotSupported, TrainingError
 from tunekit.plugins.trainers import micro_batches, optimization
 from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
 from tunekit.plugins.trainers.recomputing import activations_computed_again

@@ -76,8 +76,8 @@ def settled(sft: SFT, needs: Callable[[SFT], Mapping[str, int]], layers: int, bu
             least, parts = every, needs(every)
         if fits(parts, budget):
             least, parts = _fewest(least, needs, layers, budget, whole, parts)
-    while not fits(parts, budget) and _is_open(sft) and least.micro_batch_tokens > longest:
-        least = _with(least, micro_batch_tokens=max(longest, _fewer(least.micro_batch_tokens, parts, budget)))
+    while not fits(parts, budget) and _is_open(sft) and Limits.of(least).tokens > longest:
+        least = _with(least, packing=max(longest, _fewer(Limits.of(least).tokens, parts, budget)))
         parts = needs(least)
     if not fits(parts, budget) and sft.memory is not None:
         raise ConfigError(
@@ -133,9 +133,10 @@ def _choices(asked: SFT, chosen: SFT, layers: int) -> dict[str, str]:
     """What was settled, in words."""
     found = {}
     if _is_open(asked):
-        found["a forward pass"] = f"at most {chosen.micro_batch_tokens:,} tokens"
-        if chosen.micro_batch_tokens < asked.micro_batch_tokens:
-            found["a forward pass"] += f" instead of {asked.micro_batch_tokens:,}"
+        tokens, wanted = Limits.of(chosen).tokens, Limits.of(asked).tokens
+        found["a forward pass"] = f"at most {tokens:,} tokens"
+        if tokens < wanted:
+            found["a forward pass"] += f" instead of {wanted:,}"
     if asked.gradient_checkpointing == "auto":
         count = chosen.recomputed_layers
         some = f"the first {count} of {layers} layers"

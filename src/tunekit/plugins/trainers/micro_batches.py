@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from tunekit.plugins.trainers.sft import SFT
 
+AUTO_TOKENS = 4096
+"""In one forward pass, counted as they are padded, where the user does not say how many rows or tokens."""
 LOOKED_AT = 1_000_000
 """So many rows of a run are looked at, to find those that go through the model at once and are most."""
 ALLOCATOR = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -45,9 +47,7 @@ class Limits:
     def of(cls, sft: SFT) -> Limits:
         """Those that the trainer's fields ask for."""
         size = sft.micro_batch_size
-        if sft.packing:
-            return cls(tokens=sft.packing)
-        return cls(tokens=sft.micro_batch_tokens) if size == "auto" else cls(rows=int(size))
+        return cls(tokens=sft.packing or AUTO_TOKENS) if size == "auto" else cls(rows=int(size))
 
     def resumed(self, asked: Limits) -> Limits:
         """Those of a checkpoint, unless a resume was forced that asks for others: what was settled stays settled."""

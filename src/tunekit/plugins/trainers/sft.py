@@ -48,9 +48,8 @@ class SFT(Trainer):
         batch_size: rows an optimizer step learns from, over all processes.
         micro_batch_size: rows in one forward pass, at most, or "auto"; a matter of memory and speed alone.
         packing: tokens that the rows of a step are packed into for one forward pass, in the place of micro_batch_size:
-            best-fit decreasing; a step has its batch_size rows all the same, and its loss. None for no such budget.
-        micro_batch_tokens: tokens in one forward pass where `micro_batch_size` is "auto", counted as they are padded;
-            fewer where the memory asks for it. One row may be longer.
+            best-fit decreasing; a step has its batch_size rows all the same, and its loss. One row may be longer. None
+            for 4,096 with "auto", and fewer where the memory asks for it.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
             the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
         shared_prefix: what rows of a forward pass begin with alike, a system prompt or a document, is computed once for
@@ -110,7 +109,6 @@ class SFT(Trainer):
     batch_size: int = attrs.field(default=16, validator=at_least(1))
     micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=at_least(1))
     packing: int | None = attrs.field(default=None, validator=at_least(1))
-    micro_batch_tokens: int = attrs.field(default=4096, validator=at_least(1))
     padding_free: bool = True
     shared_prefix: bool = True
     chunked_loss: bool = True
