@@ -25,7 +25,6 @@ from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Exampl
 from tunekit.core.memory.memory_plan import MemoryPlan
 from tunekit.core.model import added_tokens, fingerprint
 from tunekit.core.model.base import Base, LoadBase, Loaded, choose_device, context_length, load_base
-from tunekit.core.model.dequantize import dequantize
 from tunekit.core.model.precision import check_dtype, choose_precision
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
@@ -36,6 +35,7 @@ from tunekit.core.run.gauge import Gauge, tokens_of_steps
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.plan import Plan, count_parameters, standing_memory
+from tunekit.core.run.reopening import Reopening
 from tunekit.core.run.result import Run
 from tunekit.core.run.resume import Facts, Opened, Resume, opened
 from tunekit.core.run.run_log import RunLog
@@ -390,33 +390,16 @@ class Pipeline:
         return Facts(recipe=self.to_dict(), environment=environment, data=rows, template=codec.template, base=base)
 
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
+        def context(codec: Codec) -> Context:
+            device = choose_device(self.device)
+            return self._context(device, files.dtype_of(directory), codec, run_directory=directory)
+
+        made_of: dict[str, Any] = {"base": self._base, "adapter": self.adapter, "quantizer": self._quantizer}
+        again = Reopening(directory=directory, template=self.template, context=context, **made_of)
         parts = Parts(
-            base=self._base,
-            adapter=self.adapter,
-            quantizer=self._quantizer,
-            load=partial(self._open, directory),
-            load_plain=partial(self._open_plain, directory),
+            load=again.load,
+            load_plain=again.load_plain,
             held_out=lambda codec: self._data(codec, context_length(self._base.config())).validation,
+            **made_of,
         )
         return Run(directory, parts, tuned)
-
-    def _open(self, directory: Path, tuned: bool) -> Loaded:
-        """The tuned model of a finished run, or its base, fresh from disk and in the dtype of the run."""
-        found = self._open_base(directory)
-        model = self.adapter.load(found.model, directory / files.ADAPTER) if tuned else found.model
-        return attrs.evolve(found, model=model.eval())
-
-    def _open_plain(self, directory: Path, dtype: str | None) -> Loaded:
-        """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
-        found = self._open_base(directory)
-        base = dequantize(found.model, self._quantizer) if self._quantizer else found.model.float()
-        context = attrs.evolve(found.context, quantization=None, dtype=dtype or found.context.dtype)
-        model = self.adapter.load(base, directory / files.ADAPTER)
-        return attrs.evolve(found, model=model.eval(), context=context)
-
-    def _open_base(self, directory: Path) -> Loaded:
-        """The base of a finished run, whose adapter was found to be whole, and of this base and template."""
-        codec, device = self._base.codec(self.template), choose_device(self.device)
-        context = self._context(device, files.dtype_of(directory), codec, run_directory=directory)
-        adapter_files.check(directory / files.ADAPTER, self.adapter, self._base, codec)
-        return Loaded(model=load_base(self._base, self._quantizer, codec, context), codec=codec, context=context)

@@ -1,0 +1,57 @@
+"""The models of a finished run, loaded when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+
+from tunekit.core.component import Context
+from tunekit.core.data.codec import Codec
+from tunekit.core.interfaces import AdapterMethod, Quantizer
+from tunekit.core.model.base import Base, Loaded, load_base
+from tunekit.core.model.dequantize import dequantize
+from tunekit.core.run import adapter_files, files
+
+
+@attrs.frozen(kw_only=True)
+class Reopening:
+    """What it takes to load the models of a run again.
+
+    Args:
+        directory: the run directory.
+        base: where the base is.
+        adapter: the method that was trained.
+        quantizer: how the base was stored; None for a plain one.
+        template: the pipeline's own; None for the model's.
+        context: the facts of the run, from its codec.
+    """
+
+    directory: Path
+    base: Base
+    adapter: AdapterMethod
+    quantizer: Quantizer | None
+    template: str | None
+    context: Callable[[Codec], Context]
+
+    def load(self, tuned: bool) -> Loaded:
+        """The tuned model, or its base, fresh from disk and in the dtype of the run."""
+        found = self._load_base()
+        model = self.adapter.load(found.model, self.directory / files.ADAPTER) if tuned else found.model
+        return attrs.evolve(found, model=model.eval())
+
+    def load_plain(self, dtype: str | None) -> Loaded:
+        """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
+        found = self._load_base()
+        base = dequantize(found.model, self.quantizer) if self.quantizer else found.model.float()
+        context = attrs.evolve(found.context, quantization=None, dtype=dtype or found.context.dtype)
+        model = self.adapter.load(base, self.directory / files.ADAPTER)
+        return attrs.evolve(found, model=model.eval(), context=context)
+
+    def _load_base(self) -> Loaded:
+        """The base, for an adapter that was found to be whole, and of this base and template."""
+        codec = self.base.codec(self.template)
+        context = self.context(codec)
+        adapter_files.check(self.directory / files.ADAPTER, self.adapter, self.base, codec)
+        return Loaded(model=load_base(self.base, self.quantizer, codec, context), codec=codec, context=context)
