@@ -30,6 +30,7 @@ parser.add_argument("--model", default=tk.TINY, help="a Hub id or a directory; d
 parser.add_argument("--data", nargs="*", default=[], help="files of lines: a text, a tab, 0 or 1")
 parser.add_argument("--epochs", type=float, default=3)
 parser.add_argument("--learning-rate", type=float, default=2e-3)
+parser.add_argument("--shots", type=int, help="also measure the base with so many training rows in its prompt")
 parser.add_argument("--run", default="runs/sentiment", help="the run directory")
 options = parser.parse_args()
 
@@ -47,6 +48,7 @@ pipeline = tk.Pipeline(
     adapter=tk.Full(),
     trainer=tk.SFT(epochs=options.epochs, batch_size=16, learning_rate=options.learning_rate, on_long="drop"),
     evaluators=(tk.Classification(method="generation", max_new_tokens=16), tk.Perplexity()),
+    baselines=() if options.shots is None else (tk.Prompted(shots=options.shots),),
 )
 run = pipeline.run(options.run)
 print(run)
