@@ -56,10 +56,12 @@ def test_the_quickstart_takes_exact_match_from_nothing_to_above_four_fifths(tmp_
     assert str(tmp_path / "run" / "adapter") in shown
 
 
-def test_the_quickstart_takes_the_users_own_model_and_data(tiny_directory, tmp_path):
+def test_the_quickstart_takes_the_users_own_model_and_data(within, tiny_directory, tmp_path):
     rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(8)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shown = run("quickstart.py", "--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--run", tmp_path / "run")
+    shown = within(
+        "quickstart.py", "--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--run", tmp_path / "run"
+    )
     assert (
         tk.open_run(tmp_path / "run").result["rows"]["train"]
         + tk.open_run(tmp_path / "run").result["rows"]["validation"]
@@ -69,14 +71,14 @@ def test_the_quickstart_takes_the_users_own_model_and_data(tiny_directory, tmp_p
 
 
 @pytest.mark.real
-def test_a_real_model_learns_real_data_and_plain_peft_reads_what_it_learned(shared, tmp_path):
+def test_a_real_model_learns_real_data_and_plain_peft_reads_what_it_learned(within, shared, tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run("real_data.py", "--shared", shared, "--steps", 40, "--run", tmp_path / "run")
+    within("real_data.py", "--shared", shared, "--steps", 25, "--run", tmp_path / "run")
     finished = tk.open_run(tmp_path / "run")
-    assert finished.result["training"]["steps"] == 40
+    assert finished.result["training"]["steps"] == 25
     assert finished.metrics["perplexity"] < finished.base_metrics["perplexity"] / 2
 
     base = AutoModelForCausalLM.from_pretrained(shared / "models/stories260k", dtype=torch.float32)
@@ -89,12 +91,12 @@ def test_a_real_model_learns_real_data_and_plain_peft_reads_what_it_learned(shar
             assert (theirs(ids).logits - ours.model(ids).logits).abs().max() > 1
 
 
-def test_five_methods_are_compared_on_the_users_own_model_and_data(tiny_directory, tmp_path):
+def test_methods_are_compared_on_the_users_own_model_and_data(within, tiny_directory, tmp_path):
     rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(12)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     arguments = ("--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--directory", tmp_path / "compare")
     arguments += ("--steps", 1, "--seeds", 0, "--rates", 0.01)
-    shown = run("compare_methods.py", *arguments)
+    shown = within("compare_methods.py", *arguments)
     names = ["lora-lr-0.01", "ia3-lr-0.01", "loha-lr-0.01", "lokr-lr-0.01", "bottleneck-lr-0.01"]
     assert re.findall(r"^([a-z0-9]+-lr-\S+) ", shown, re.MULTILINE) == names
     assert re.search(r"^the best by perplexity: \S+-lr-0.01; its first run is in ", shown, re.MULTILINE)
@@ -127,7 +129,8 @@ def test_reviews_are_classified_well_above_the_majority_with_the_interval_in_the
     details = finished.evaluations["tuned"]["details"]["classification"]
     low, high = details["macro_f1_interval"]
     assert details["majority"]["macro_f1"] < 0.4 < low < finished.metrics["macro_f1"] < high
-    assert f"{low:.3g}" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    shown = f"{finished.metrics['macro_f1']:.4g} ({low:.4g} to {high:.4g})"
+    assert shown in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_book_is_learned_and_what_it_costs_is_measured(within, tiny_directory, tmp_path):

@@ -157,8 +157,8 @@ class Pipeline:
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
         self.check()
-        codec = self._base.codec(self.template)
-        data = self._data(codec, context_length(self._base.config()))
+        config, codec = self._base.config(), self._base.codec(self.template)
+        data = self._data(codec, context_length(config))
         steps = self.trainer.planned_steps(len(data.train))
         device = choose_device(self.device)
         held = choose_precision(self.dtype, device, self.adapter)
@@ -239,7 +239,7 @@ class Pipeline:
         processes, device = join(self.trainer, choose_device(self.device))
         if not resume:
             processes.first(partial(files.check_free, directory))
-        codec, config = self._base.codec(self.template), self._base.config()
+        config, codec = self._base.config(), self._base.codec(self.template)
         data = processes.in_turn(lambda: self._data(codec, context_length(config)))
         processes.check_same("what the data source gives", data.fingerprint)
         steps = self.trainer.planned_steps(len(data.train))

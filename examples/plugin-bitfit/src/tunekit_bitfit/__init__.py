@@ -9,7 +9,7 @@ class BitFit(tunekit.AdapterMethod):
     """Train only the biases of the model, in place. Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199.
 
     Args:
-        norms: whether all other vectors, the weights of norms, are trained too; Llama and its kind have no biases.
+        norms: whether all other vectors, the weights of norms, are trained; Llama and its kind have no biases.
     """
 
     name = "bitfit"
@@ -28,7 +28,6 @@ class BitFit(tunekit.AdapterMethod):
         save_file({n: p for n, p in model.named_parameters() if p.requires_grad}, directory / "bitfit.safetensors")
 
     def load(self, model, directory):
-        """Put the vectors back in their places."""
         from safetensors.torch import load_file
 
         model.load_state_dict(model.state_dict() | load_file(directory / "bitfit.safetensors"))

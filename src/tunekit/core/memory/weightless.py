@@ -94,8 +94,9 @@ def pack(model: nn.Module, quantizer: Quantizer) -> None:
     as they compute.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = set(head.modules()) if head else set()  # PEFT may have wrapped it
     for layer in list(model.modules()):
-        if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:
+        if type(layer) is nn.Linear and layer not in whole and not layer.weight.requires_grad:
             _pack(layer, quantizer)
 
 

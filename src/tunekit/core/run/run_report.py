@@ -68,7 +68,7 @@ class RunReport(HtmlReport):
             "lengths": _lengths(kept["lengths"]) if kept else None,
             "preview": overview.preview(kept).html() if kept else None,
             "plan": _plan(result, kept.get("planned", {}), measured, history),
-            "metrics": _metrics(result),
+            "metrics": _metrics(result, evaluations),
             "prompted": list(result.get("prompted", {})),
             "curves": _curves([*history, *_pace(place, environment["device"])]),
             "figures": _figures(history),
@@ -145,12 +145,17 @@ def _plan(
     ]
 
 
-def _metrics(result: Mapping[str, Any]) -> list[list[str]]:
-    """Each metric of base, prompted and tuned model, with its interval where it has one, and of what tuning gains."""
+def _metrics(result: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Each metric of base, prompted and tuned model, with its interval where it has one, and of what tuning gains.
+
+    Of a metric that is no mean over rows, the interval is the one that its evaluator states among the details.
+    """
     intervals = result.get("intervals", {}).get("metrics", {})
+    stated = {model: dict(_stated(kept.get("details", {}))) for model, kept in evaluations.items()}
     lines = []
     for name, value in result["metrics"].items():
         found, before = intervals.get(name, {}), result["base_metrics"].get(name)
+        around = {model: found.get(model) or its.get(f"{name}_interval") for model, its in stated.items()}
         gain = f"{_span(found['difference'])}, p = {found['p']:.2g}" if found else "-"
         shown = []
         for label, metrics in result.get("prompted", {}).items():
@@ -158,8 +163,14 @@ def _metrics(result: Mapping[str, Any]) -> list[list[str]]:
             shown.append(_with(metrics.get(name), compared.get("interval")))
             if compared:
                 gain += f"; to {label}: {_span(compared['difference'])}, p = {compared['p']:.2g}"
-        lines.append([name, _with(before, found.get("base")), *shown, _with(value, found.get("tuned")), gain])
+        lines.append([name, _with(before, around["base"]), *shown, _with(value, around["tuned"]), gain])
     return lines
+
+
+def _stated(details: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for found in details.values():
+        if isinstance(found, Mapping):
+            yield from found.items()
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
