@@ -31,6 +31,7 @@ PAGES = [
     "README.md",
     "docs/quickstart.md",
     "docs/concepts.md",
+    "docs/choosing.md",
     "docs/data.md",
     "docs/quantization.md",
     "docs/comparison.md",
