@@ -9,6 +9,7 @@ from tunekit.core.registry import Registry
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
 from tunekit.errors import PluginWarning
+from tunekit.plugins.observers import progress
 
 
 def show(directory, steps):
@@ -70,3 +71,25 @@ def test_it_is_quiet_or_prints_lines_where_that_is_asked_for(tmp_path, capsys, m
     monkeypatch.setenv("TUNEKIT_PROGRESS", "loud")
     with pytest.warns(PluginWarning, match="must be 'quiet', 'lines' or unset, got 'loud'"):
         show(tmp_path, 3)
+
+
+def test_a_bar_tells_the_supervised_tokens_a_second_without_the_time_of_evaluations(tmp_path, monkeypatch):
+    now, shown = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        progress, "_bar", lambda *_: types.SimpleNamespace(show=lambda *it: shown.append(it), close=int)
+    )
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    observers = Observers(Registry())
+    run = RunLog(directory=tmp_path, observers=observers)
+    observers.emit("tunekit_run_started", run=run, steps=4)
+    for step, metrics, seconds in [
+        (1, {"tokens": 30}, 9),
+        (2, {"tokens": 30}, 2),
+        (2, {"validation/nll": 1}, 50),
+        (4, {"tokens": 40}, 4),
+    ]:
+        now[0] += seconds
+        run.log(step, metrics)
+    said = [[part for part in text.split("  ") if "tokens/s" in part] for _, text in shown]
+    assert said == [[], ["15 supervised tokens/s"], [], ["20 supervised tokens/s"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -71,6 +72,8 @@ class _Lines:
 
 
 _shown: WeakKeyDictionary[RunLog, _Bar | _NotebookBar | _Lines] = WeakKeyDictionary()
+_logged: WeakKeyDictionary[RunLog, tuple[int, float]] = WeakKeyDictionary()
+"""The step of the last line, and when it came."""
 
 
 @hookimpl
@@ -97,8 +100,9 @@ def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
     """Move the bar on, if the start of this run was seen (a trainer's own test has none)."""
     if run in _shown:
         bar, shown = _shown[run], [f"{name} {value:.4g}" for name, value in metrics.items()]
-        memory = [] if isinstance(bar, _Lines) else [f"memory {_memory() / 2**20:,.0f} MiB"]
-        bar.show(step, "  ".join([*shown, *memory]))
+        if not isinstance(bar, _Lines):
+            shown += [*_speed(run, step, metrics), f"memory {_memory() / 2**20:,.0f} MiB"]
+        bar.show(step, "  ".join(shown))
 
 
 @hookimpl
@@ -106,6 +110,15 @@ def tunekit_run_finished(run: RunLog) -> None:
     """Close the bar, if there is one."""
     if run in _shown:
         _shown.pop(run).close()
+
+
+def _speed(run: RunLog, step: int, metrics: Mapping[str, float]) -> list[str]:
+    """Supervised tokens a second since the line before; with several steps in between, as if all had as many."""
+    now = time.monotonic()
+    before, _logged[run] = _logged.get(run), (step, now)  # an evaluation is a line too, and its time passed over
+    if before is None or "tokens" not in metrics or step <= before[0]:
+        return []
+    return [f"{metrics['tokens'] * (step - before[0]) / max(1e-9, now - before[1]):,.0f} supervised tokens/s"]
 
 
 def _memory() -> int:
