@@ -20,6 +20,10 @@ METHODS = {
     "ia3": tk.IA3(),
     "loha": tk.LoHa(rank=2),
     "lokr": tk.LoKr(rank=2),
+    "bottleneck": tk.Bottleneck(size=4),
+    "prompt-tuning": tk.PromptTuning(virtual_tokens=3),
+    "prefix-tuning": tk.PrefixTuning(virtual_tokens=3),
+    "last-layers": tk.LastLayers(count=1),
     "full": tk.Full(),
 }
 TRAINER = tk.SFT(
@@ -51,7 +55,7 @@ class Stops:
 
 
 def make(model, adapter, trainer=TRAINER):
-    if adapter == METHODS["full"]:
+    if adapter in (METHODS["full"], METHODS["last-layers"]):
         # At 0.01, six steps of Adam make 2e-6 of the rounding where a gradient is next to nothing.
         trainer = attrs.evolve(trainer, learning_rate=1e-3)
     return tk.Pipeline(
