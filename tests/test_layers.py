@@ -17,6 +17,7 @@ ORDER = [
     # what is needed everywhere
     "core.common.table",
     "core.common.writing",
+    "core.common.free_memory",
     "core.fields",
     "core.common.secrets",
     "core.common.intervals",
@@ -61,7 +62,6 @@ ORDER = [
     "core.model.packed",
     "core.model.peft_method",
     # training adapters with less work
-    "core.lean.memory",
     "core.lean.frozen",
     "core.lean.low_rank",
     "core.lean.forward",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tunekit.core.common.free_memory import free_bytes
 from tunekit.core.lean.forward import LeanForward
-from tunekit.core.lean.memory import free_bytes
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tunekit.core.lean.memory import free_bytes
+from tunekit.core.common.free_memory import free_bytes
 
 STANDING = ("frozen weights", "quantization state", "trained weights", "gradients", "optimizer")
 """The parts that are known to the byte."""

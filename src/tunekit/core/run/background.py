@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from tunekit.core.common.free_memory import free_bytes
+
 T = TypeVar("T")
 
 SPARE = 2
@@ -67,9 +69,7 @@ def copied(value: Any) -> Any:
 
 def has_room_for(value: Any) -> bool:
     """Whether the memory has room for a copy of every tensor within `value`, and room to spare."""
-    import psutil
-
-    return bool(SPARE * sum(tensor.nbytes for tensor in _tensors(value)) < psutil.virtual_memory().available)
+    return bool(SPARE * sum(tensor.nbytes for tensor in _tensors(value)) < free_bytes("cpu"))
 
 
 def _tensors(value: Any) -> Iterator[Any]:
