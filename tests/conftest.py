@@ -1,9 +1,12 @@
 """What all tests share: which ones are skipped here, the fake plugins, and a tiny model on disk."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -82,3 +85,49 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     yield install
     for module in [name for name in sys.modules if name.startswith("fake_")]:
         del sys.modules[module]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on the PATH")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def looked_at(browser: Any, tmp_path: Path) -> Callable[[str, int, str], AbstractContextManager[Any]]:
+    """Opens a report in the browser, and holds it to what all reports must be: `looked_at(html, width, "dark")`."""
+
+    @contextmanager
+    def opened(html: str, width: int, scheme: str) -> Iterator[Any]:
+        path = tmp_path / "report.html"
+        path.write_text(html, encoding="utf-8")
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        said: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        assert said == []
+        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Only tables may be wider than the page, and scroll.
+        assert page.evaluate(
+            "[...document.querySelectorAll('pre,figure,svg,p,li,h1')].every(e => e.scrollWidth <= innerWidth)"
+        )
+        light = page.evaluate("getComputedStyle(document.querySelector('.tunekit-report')).backgroundColor") == (
+            "rgb(255, 255, 255)"
+        )
+        assert light == (scheme == "light")
+        assert len(page.screenshot()) > 5000
+        yield page
+        page.close()
+
+    return opened

@@ -276,43 +276,11 @@ def test_a_run_a_plan_and_a_validation_show_themselves_in_a_notebook(run, tiny_d
             assert part.strip("- ") in page.text
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, driven by playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium on the PATH")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("drawn", [pytest.param(True, marks=needs_matplotlib), False])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_nothing_overflows_and_nothing_is_logged(pages, browser, width, scheme, drawn, tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text(pages[drawn], encoding="utf-8")
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
-    assert page.title() == "tunekit run"
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # Only tables may be wider than the page, and scroll; no word is broken into letters there.
-    assert page.evaluate(
-        "[...document.querySelectorAll('pre,figure,svg,p,li,h1')].every(e => e.scrollWidth <= innerWidth)"
-    )
-    assert page.evaluate("[...document.querySelectorAll('th')].every(e => !e.textContent || e.offsetWidth > 30)")
-    light = page.evaluate("getComputedStyle(document.querySelector('.tunekit-report')).backgroundColor") == (
-        "rgb(255, 255, 255)"
-    )
-    assert light == (scheme == "light")
-    assert len(page.screenshot()) > 5000
-    page.close()
+def test_in_a_browser_nothing_overflows_and_nothing_is_logged(pages, looked_at, width, scheme, drawn):
+    with looked_at(pages[drawn], width, scheme) as page:
+        assert page.title() == "tunekit run"
+        # Tables may scroll; no word is broken into letters there.
+        assert page.evaluate("[...document.querySelectorAll('th')].every(e => !e.textContent || e.offsetWidth > 30)")
