@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from sharp_models import sharp
+from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 import tunekit as tk
 from tunekit.core.data.codec import IGNORED
@@ -32,13 +33,7 @@ CONTEXT = tk.Context(model_id="tiny", total_steps=10)
 
 
 def make(config, method=None):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return (method or tk.LastLayers(count=1)).attach(model, CONTEXT)
+    return (method or tk.LastLayers(count=1)).attach(sharp(config), CONTEXT)
 
 
 def rows():

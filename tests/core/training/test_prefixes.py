@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sharp_models import sharp
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
 import tunekit as tk
 from tunekit.core.data.codec import IGNORED
@@ -31,16 +32,6 @@ MODELS = {
     "mistral-looking-back": MistralConfig(**WIDE, sliding_window=8),
     "gemma2": Gemma2Config(**WIDE, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0),
 }
-
-
-def make(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
 
 
 def tokens(seed, count):
@@ -97,7 +88,7 @@ def chosen(model, **wanted):
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_the_gradient_is_that_of_each_row_alone(config, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)
-    model = make(config)
+    model = sharp(config)
     way = chosen(model)
     assert (way.padding_free, way.shared, way.notes) == (True, True, ())
     computed = []
@@ -112,7 +103,7 @@ def test_the_gradient_is_that_of_each_row_alone(config, monkeypatch):
 
 @pytest.mark.parametrize("method", [tk.LoRA(rank=4), tk.IA3()], ids=lambda method: method.name)
 def test_adapters_get_the_gradient_they_get_with_padding(method):
-    model = method.attach(make(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
+    model = method.attach(sharp(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -129,10 +120,10 @@ def test_adapters_get_the_gradient_they_get_with_padding(method):
 
 
 def test_a_model_that_drops_at_random_is_left_alone():
-    model = tk.LoRA(rank=4, dropout=0.1).attach(make(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
+    model = tk.LoRA(rank=4, dropout=0.1).attach(sharp(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
     assert chosen(model).notes == ["no shared prefixes: rows would share their dropout, too"]
     rows_of_update = tk.LoHa(rank=2, dropout=0.1)
-    model = rows_of_update.attach(make(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
+    model = rows_of_update.attach(sharp(MODELS["llama"]), tk.Context(model_id="tiny", total_steps=10))
     assert not chosen(model).shared
 
 
@@ -144,13 +135,13 @@ def test_it_is_not_taken_where_the_loss_is_another(monkeypatch):
         return attrs.evolve(found, positions=[at for length in found.lengths for at in range(length)])
 
     monkeypatch.setattr(Layout, "of", classmethod(from_zero))
-    way = chosen(make(MODELS["llama"]))
+    way = chosen(sharp(MODELS["llama"]))
     assert (way.padding_free, way.shared) == (True, False)
     assert way.notes[0].startswith("no shared prefixes: the loss is")
 
 
 def test_it_is_not_tried_where_it_is_not_wanted_or_rows_are_padded():
-    model = make(MODELS["llama"])
+    model = sharp(MODELS["llama"])
     assert not chosen(model, sharing=()).shared
     assert not chosen(model, padding_free=False).shared
 
@@ -174,7 +165,7 @@ def test_a_document_within_a_system_prompt_is_shared_where_that_saves_more():
 def test_a_row_may_be_the_prefix_of_others_or_the_same():
     rows = [row(SYSTEM, learned=30), row(SYSTEM, tokens(3, 9), learned=20), row(SYSTEM, learned=40)]
     assert [(each.rows, each.prefix) for each in group([each["input_ids"] for each in rows])] == [([0, 1, 2], 40)]
-    model = make(MODELS["llama"])
+    model = sharp(MODELS["llama"])
     expected, wanted = alone(model, rows)
     loss, gradient = loss_and_gradient(chosen(model), rows)
     assert loss == pytest.approx(expected, rel=1e-6)

@@ -6,10 +6,10 @@ import re
 import attrs
 import pytest
 import torch
+from sharp_models import sharp
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
     Gemma2Config,
@@ -84,16 +84,6 @@ CHUNKED_ALONE = {
 }
 
 
-def make(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return model
-
-
 def rows(lengths=(7, 13, 5, 21), seed=0):
     drawn = random.Random(seed)
     made = []
@@ -133,7 +123,7 @@ def best(model, **wanted):
 def test_without_padding_and_in_chunks_the_gradient_is_that_of_each_row_alone(config, monkeypatch):
     monkeypatch.setattr(head_losses, "CHUNK_TOKENS", 8)
     monkeypatch.setattr(head_losses, "CHUNK_NUMBERS", 8 * VOCABULARY)
-    model = make(config)
+    model = sharp(config)
     way = best(model)
     assert (way.padding_free, way.chunked, way.notes) == (True, True, ())
     expected, gradient = alone(model, rows())
@@ -144,7 +134,7 @@ def test_without_padding_and_in_chunks_the_gradient_is_that_of_each_row_alone(co
 
 @pytest.mark.parametrize(("config", "reason"), CHUNKED_ALONE.values(), ids=CHUNKED_ALONE)
 def test_a_model_that_cannot_do_without_padding_is_padded_and_says_why(config, reason):
-    model = make(config)
+    model = sharp(config)
     way = best(model)
     assert (way.padding_free, way.chunked) == (False, True)
     assert [bool(re.search(reason, note)) for note in way.notes] == [True]
@@ -168,14 +158,14 @@ def test_a_model_that_changes_its_logits_afterwards_gets_them_whole():
 
 
 def test_where_both_ways_are_right_they_are_tried_in_one_forward_pass():
-    model, passes = make(BOTH["llama"]), []
+    model, passes = sharp(BOTH["llama"]), []
     model.register_forward_hook(lambda *_: passes.append(1))
     best(model)
     assert len(passes) == 2  # the plain one, and the two ways together
 
 
 def test_each_way_can_be_switched_off():
-    model = make(BOTH["llama"])
+    model = sharp(BOTH["llama"])
     for wanted in ({"padding_free": False}, {"chunked": False}, {"padding_free": False, "chunked": False}):
         way = best(model, **wanted)
         assert {"padding_free": way.padding_free, "chunked": way.chunked} == {
@@ -189,7 +179,7 @@ def test_each_way_can_be_switched_off():
 @pytest.mark.parametrize("method", [tk.LoRA(rank=4), tk.IA3(), tk.LoHa(rank=2), tk.LoKr(rank=2)], ids=lambda m: m.name)
 def test_adapters_get_the_gradient_they_get_with_padding(method):
     torch.manual_seed(0)
-    model = method.attach(make(BOTH["llama"]), tk.Context(model_id="tiny", total_steps=10))
+    model = method.attach(sharp(BOTH["llama"]), tk.Context(model_id="tiny", total_steps=10))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -209,7 +199,7 @@ def test_an_attention_that_looks_into_other_rows_is_not_taken(monkeypatch):
         return whole(*tensors, segments=attrs.evolve(segments, lengths=[sum(segments.lengths)]), **options)
 
     monkeypatch.setattr(segments, "attend", leaking)
-    way = best(make(BOTH["llama"]))
+    way = best(sharp(BOTH["llama"]))
     assert not way.padding_free
     assert re.search("rows without padding: the loss is .* so, and .* plainly", way.notes[0])
 
@@ -292,7 +282,7 @@ class Counting(nn.Linear):
 
 
 def test_only_supervised_tokens_reach_the_head():
-    model = make(BOTH["llama"])
+    model = sharp(BOTH["llama"])
     head = Counting(32, VOCABULARY, bias=False)
     head.load_state_dict(model.lm_head.state_dict())
     head.seen = []
@@ -304,7 +294,7 @@ def test_only_supervised_tokens_reach_the_head():
 
 
 def test_without_its_head_a_model_gives_what_the_head_is_given():
-    model = make(BOTH["llama"])
+    model = sharp(BOTH["llama"])
     ids = torch.tensor([[5, 6, 7]])
     with without_head(model.lm_head) as real:
         hidden = model(ids, use_cache=False).logits
