@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_rows_loss import alone, best, loss_and_gradient, make, rows
+from sharp_models import sharp
+from test_rows_loss import alone, best, loss_and_gradient, rows
 from transformers import LlamaConfig
 
 from tunekit.core.training import compiled
@@ -21,7 +22,7 @@ def _fresh():
 
 
 def one_layer():
-    return make(LlamaConfig(**ONE_LAYER, vocab_size=100, num_key_value_heads=2))
+    return sharp(LlamaConfig(**ONE_LAYER, vocab_size=100, num_key_value_heads=2))
 
 
 def test_rows_of_other_lengths_compile_nothing_more_and_outside_of_training_layers_are_plain(monkeypatch):
