@@ -56,6 +56,15 @@ def same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: device != "cpu" and asked(device))
 
 
+@pytest.fixture(autouse=True)
+def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report that every run leaves has tables for figures, as without matplotlib: half of a tiny run is drawing."""
+    from tunekit.core.run import run_report
+
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(run_report, "find_spec", lambda name: None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with public data and a small public model; only for tests marked `real`."""

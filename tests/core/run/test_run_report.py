@@ -41,6 +41,7 @@ PAGE = {
     "figcaption",
 }
 TABLES = {"table", "thead", "tbody", "tr", "th", "td", "pre", "b", "span", "ul", "li"}
+pytestmark = pytest.mark.figures
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="pip install tunekit[plots]"
 )

@@ -6,8 +6,10 @@ import importlib.metadata
 import json
 import logging
 import platform
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,19 +95,31 @@ def environment(
 ) -> dict[str, Any]:
     """What the run was made with: versions, plugins, device and seed; no variables, no paths, no secrets."""
     made_by = [registry.provenance(type(component)) for component in components]
-    # Read once each: it is parsed at every look.
-    read = [found.metadata for found in importlib.metadata.distributions()]
-    packages = {found["Name"]: found["Version"] for found in read if found and "Name" in found}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "packages": _packages(tuple((place, _changed(place)) for place in sys.path)),
         "plugins": [{**attrs.asdict(plugin), "error": redacted(plugin.error)} for plugin in registry.plugins()],
         "components": {found["component"]: f"{found['distribution']} {found['version']}" for found in made_by},
         "device": device,
         "dtype": dtype,
         "seed": seed,
     }
+
+
+@cache
+def _packages(places: tuple[tuple[str, float], ...]) -> dict[str, str]:
+    """The versions of what is installed in `places`, each with the time it last changed: parsing them takes a while."""
+    read = [found.metadata for found in importlib.metadata.distributions(path=[place for place, _ in places])]
+    packages = {found["Name"]: found["Version"] for found in reversed(read) if found and "Name" in found}
+    return dict(sorted(packages.items(), key=lambda item: item[0].lower()))
+
+
+def _changed(place: str) -> float:
+    try:
+        return Path(place).stat().st_mtime
+    except OSError:
+        return 0
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ from tunekit.core.run.model_card import PACKAGES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 STYLE, TABLE = "run_report.css", "report_table.html"
@@ -61,14 +62,19 @@ class HtmlReport(ABC):
 
     @cached_property
     def _fragment(self) -> str:
-        import jinja2
+        style = (resources.files("tunekit.core.run") / STYLE).read_text(encoding="utf-8")
+        return redacted(f"<style>{style}</style>\n{_template(*self.body).render(self._content())}")
 
-        package, name = self.body
-        shared = resources.files("tunekit.core.run")
-        style, macro = ((shared / found).read_text(encoding="utf-8") for found in (STYLE, TABLE))
-        body = (resources.files(package) / name).read_text(encoding="utf-8")
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        return redacted(f"<style>{style}</style>\n{environment.from_string(macro + body).render(self._content())}")
+
+@cache
+def _template(package: str, name: str) -> Template:
+    """The body of a page; compiled once, since that takes as long as filling it."""
+    import jinja2
+
+    macro = (resources.files("tunekit.core.run") / TABLE).read_text(encoding="utf-8")
+    body = (resources.files(package) / name).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(macro + body)
 
 
 def environment_lines(environment: Mapping[str, Any]) -> list[list[str]]:
