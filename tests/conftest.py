@@ -56,13 +56,15 @@ def same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: device != "cpu" and asked(device))
 
 
-@pytest.fixture(autouse=True)
-def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report that every run leaves has tables for figures, as without matplotlib: half of a tiny run is drawing."""
+@pytest.fixture(scope="module", autouse=True)
+def few_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports have tables in place of figures, as without matplotlib: drawing is the better half of a tiny run."""
     from tunekit.core.run import run_report
 
-    if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr(run_report, "find_spec", lambda name: None)
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("figures"):
+            patch.setattr(run_report, "find_spec", lambda name: None)
+        yield
 
 
 @pytest.fixture(scope="session")
