@@ -20,7 +20,7 @@ pipeline = tk.Pipeline(
     data=tk.JsonLines(path=options.data),
     validation=0.15,
     adapter=tk.LoRA(rank=16),
-    trainer=tk.SFT(epochs=6, batch_size=8, learning_rate=3e-3) if options.model == tk.TINY else tk.SFT(epochs=3),
+    trainer=tk.SFT(epochs=4, batch_size=8, learning_rate=3e-3) if options.model == tk.TINY else tk.SFT(epochs=3),
     evaluators=(tk.Perplexity(), tk.ExactMatch(max_new_tokens=64)),
 )
 print(f"\nWhat {options.run} will do\n")
