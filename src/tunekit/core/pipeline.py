@@ -22,10 +22,10 @@ from tunekit.core.inspection.preview import Preview, first_rows
 from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
-from tunekit.core.memory.memory_plan import MemoryPlan
+from tunekit.core.memory.memory_plan import MemoryPlan, settle
 from tunekit.core.model import added_tokens, fingerprint
 from tunekit.core.model.base import Base, LoadBase, Loaded, choose_device, context_length, load_base
-from tunekit.core.model.precision import check_dtype, choose_precision
+from tunekit.core.model.precision import Precision, check_dtype, choose_precision
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
@@ -161,11 +161,11 @@ class Pipeline:
         data = self._data(codec, context_length(config))
         steps = self.trainer.planned_steps(len(data.train))
         device = choose_device(self.device)
-        held = choose_precision(self.dtype, device, self.adapter)
-        context = self._context(device, held.dtype, codec, total_steps=steps)
+        context = self._context(device, codec=codec, total_steps=steps)
+        held, memory = self._settled(data, codec, context)
+        context = attrs.evolve(context, dtype=held.dtype)
         trained = self._empty(context)
         trainable, total = count_parameters(trained)
-        memory = self._memory(lambda: self._empty(context), data, codec, context)
         return Plan(
             rows=len(data.train),
             validation_rows=len(data.validation),
@@ -246,7 +246,8 @@ class Pipeline:
         told.add(Gauge(device, tokens_of_steps(self.trainer, data.train.lengths, self.seed)))
         end = self.adapter.earliest_end(steps)
         context = self._context(device, codec=codec, total_steps=steps, earliest_end=end, run_directory=directory)
-        memory = processes.shared(self._memory, partial(self._empty, context), data, codec, context, config)
+        held, memory = processes.shared(self._settled, data, codec, context, config)
+        context = attrs.evolve(context, dtype=held.dtype)
 
         with opened(directory, self._facts(codec, data, context), steps, resume, processes) as found:
             log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
@@ -350,12 +351,16 @@ class Pipeline:
         """The model with the method attached, on the meta device."""
         return self.adapter.attach(self._base.empty(context.dtype, context.added_ids), context)
 
-    def _memory(
-        self, empty: Any, data: dataset.Data, codec: Codec, context: Context, unless_roomy: Any = None
-    ) -> MemoryPlan | None:
-        return self.trainer.plan_memory(
-            empty, data.train, codec.tokenizer, self._quantizer, context, unless_roomy=unless_roomy
-        )
+    def _settled(
+        self, data: dataset.Data, codec: Codec, context: Context, unless_roomy: Any = None
+    ) -> tuple[Precision, MemoryPlan | None]:
+        """In which dtype the base is held, and how the trainer keeps within the memory there is."""
+
+        def plan(dtype: str) -> MemoryPlan | None:
+            facts, parts = attrs.evolve(context, dtype=dtype), (data.train, codec.tokenizer, self._quantizer)
+            return self.trainer.plan_memory(partial(self._empty, facts), *parts, facts, unless_roomy=unless_roomy)
+
+        return settle(choose_precision(self.dtype, context.device, self.adapter), plan)
 
     def _context(self, device: str = "", dtype: str = "", codec: Codec | None = None, **facts: Any) -> Context:
         return Context(

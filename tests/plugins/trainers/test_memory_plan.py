@@ -1,5 +1,7 @@
 """A run keeps within its memory: by nothing while that suffices, else by as little as suffices; and its numbers stay."""
 
+import json
+
 import attrs
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tunekit.plugins.trainers import micro_batches
 from tunekit.plugins.trainers.memory_plan import settled
 from tunekit.plugins.trainers.micro_batches import Limits, heaviest
 from tunekit.plugins.trainers.recomputing import activations_computed_again, layers_to_recompute
-from tunekit.testing import tiny_model
+from tunekit.testing import tiny_model, tiny_tokenizer
 
 LAYERS = 10
 GIB = 2**30
@@ -185,3 +187,40 @@ def test_too_little_memory_is_an_error_before_weights_are_loaded(tiny_directory,
         with pytest.raises(tk.ConfigError, match=r"do not suffice: a step needs .* at least, of it .*frozen weights"):
             attempt()
     assert not (tmp_path / "run").exists()
+
+
+def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp_path):
+    tiny_model(hidden_size=128, intermediate_size=512).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    free = pipeline(tmp_path / "base").plan().memory
+    weights = free["frozen weights"]
+
+    less = pipeline(tmp_path / "base", memory=0.8 * sum(free.values()) / GIB).plan()
+    assert less.choices["why"]  # layers are computed again, and that suffices
+    assert less.precision.startswith("float32: ")
+    tight = pipeline(tmp_path / "base", memory=1.25 * weights / GIB)
+    plan = tight.plan()
+    assert plan.precision == "bfloat16: float32 does not fit into the memory allowed"
+    assert plan.memory["frozen weights"] == pytest.approx(weights / 2, rel=0.01)
+    assert sum(plan.memory.values()) < 1.25 * weights
+    run = tight.run(tmp_path / "run")
+    assert json.loads((run.directory / "environment.json").read_text())["dtype"] == "bfloat16"
+    assert f"memory: precision: {plan.precision.replace(': ', ', since ')}" in (run.directory / "log.txt").read_text()
+    for asked in ({"dtype": "float32"}, {"adapter": tk.Full()}):
+        with pytest.raises(tk.ConfigError, match="do not suffice"):
+            attrs.evolve(tight, **asked).plan()
+
+
+def test_a_run_in_fewer_bits_is_resumed_in_as_many(tmp_path):
+    class Stops:
+        @tk.hookimpl
+        def tunekit_saved(self):
+            raise KeyboardInterrupt
+
+    tiny_model(hidden_size=128, intermediate_size=512).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    weights = pipeline(tmp_path / "base").plan().memory["frozen weights"]
+    tight = pipeline(tmp_path / "base", memory=1.25 * weights / GIB, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        tight.run(tmp_path / "run", observers=[Stops()])
+    assert tight.run(tmp_path / "run", resume=True).history == tight.run(tmp_path / "whole").history

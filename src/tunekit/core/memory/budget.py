@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunekit.core.common.free_memory import free_bytes
+from tunekit.errors import ConfigError
 
 STANDING = ("frozen weights", "quantization state", "trained weights", "gradients", "optimizer")
 """The parts that are known to the byte."""
 SHARE = 0.1
 """What is added to the other parts before they count as fitting: so far a prediction may be off."""
+
+
+class DoesNotFitError(ConfigError):
+    """Nothing that may be chosen keeps a step within the memory that the user allows."""
 
 
 def available(device: str) -> int:

@@ -20,10 +20,12 @@ class Precision:
     Args:
         dtype: torch's name of it.
         reason: why it was chosen.
+        smaller: what is taken instead where it does not fit into the memory that the user allows; None for nothing.
     """
 
     dtype: str
     reason: str
+    smaller: str | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}: {self.reason}"
@@ -54,7 +56,7 @@ def choose_precision(dtype: str | None, device: str, method: AdapterMethod) -> P
     where = "this GPU" if device.startswith("cuda") else "this processor"
     if multiplies_bfloat16(device):
         return Precision("bfloat16", f"the base is frozen, and {where} multiplies bfloat16 quickly")
-    return Precision("float32", f"{where} has no quick bfloat16")
+    return Precision("float32", f"{where} has no quick bfloat16", smaller="bfloat16")
 
 
 def multiplies_bfloat16(device: str) -> bool:

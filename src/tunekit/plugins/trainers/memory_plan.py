@@ -12,10 +12,10 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded, Quantizer
-from tunekit.core.memory.budget import STANDING, available, fits, gibibytes, in_words, with_room
+from tunekit.core.memory.budget import STANDING, DoesNotFitError, available, fits, gibibytes, in_words, with_room
 from tunekit.core.memory.estimate import is_roomy
 from tunekit.core.memory.memory_plan import MemoryPlan
-from tunekit.errors import ConfigError, NotSupported
+from tunekit.errors import NotSupported
 from tunekit.plugins.trainers.micro_batches import Limits
 from tunekit.plugins.trainers.recomputing import layers_to_recompute
 from tunekit.plugins.trainers.rehearsal import Rehearsal
@@ -66,7 +66,7 @@ def settled(sft: SFT, needs: Callable[[SFT], Mapping[str, int]], layers: int, bu
         longest: tokens of the longest row, which cannot be divided.
 
     Raises:
-        ConfigError: the memory that the user allows does not suffice; where he names none, the least is tried.
+        DoesNotFitError: the memory that the user allows does not suffice; where he names none, the least is tried.
     """
     least = asked = _with(sft, gradient_checkpointing=False) if sft.gradient_checkpointing == "auto" else sft
     parts = whole = needs(asked)
@@ -80,7 +80,7 @@ def settled(sft: SFT, needs: Callable[[SFT], Mapping[str, int]], layers: int, bu
         least = _with(least, packing=max(longest, _fewer(Limits.of(least).tokens, parts, budget)))
         parts = needs(least)
     if not fits(parts, budget) and sft.memory is not None:
-        raise ConfigError(
+        raise DoesNotFitError(
             f"{gibibytes(budget)} do not suffice: a step needs {gibibytes(sum(parts.values()))} at least, of it "
             f"{in_words(parts)}; take a smaller or quantized base, dtype='bfloat16', or a lower max_length",
             "SFT.memory",

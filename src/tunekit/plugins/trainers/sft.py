@@ -71,7 +71,8 @@ class SFT(Trainer):
             for a third more time, and the same gradient. True for all layers, a number for the first so many that keep
             anything, "auto" for as few as the memory asks for: none while it suffices.
         memory: GiB that training may take, its model included; None for what is free when the run begins. It is what
-            "auto" goes by; a step that does not fit into it is refused before any weights are loaded.
+            "auto" goes by, and where even that is too much, a float32 base nobody asked for is held in bfloat16; a step
+            that does not fit into it is refused before any weights are loaded.
         max_length: longest row in tokens; None means the model's context length.
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
         on_long: "error", "drop" or "truncate" rows that are longer than max_length, or "split" them into windows, which
