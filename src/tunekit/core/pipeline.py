@@ -260,7 +260,8 @@ class Pipeline:
                 log.end(error)
                 raise
             log.end()
-            run_report.leave(log, data, codec, self.trainer, context)
+            late = partial(self._settled, data, codec, context)
+            run_report.leave(log, data, codec, self.trainer, context, memory, late)
             return run
 
     def _train(

@@ -1,12 +1,17 @@
 """Only training is timed, and only tokens of the steps that were timed are counted."""
 
 import json
+import re
+from pathlib import Path
 
+import psutil
 import pytest
 
 from tunekit.core.run import gauge
 from tunekit.core.run.gauge import Gauge
 from tunekit.core.run.run_log import RunLog
+
+MOST_RESIDENT = gauge.most_resident
 
 
 @pytest.fixture
@@ -18,6 +23,14 @@ def clock(monkeypatch):
         now[0] += seconds
 
     return passes
+
+
+@pytest.fixture(autouse=True)
+def most(monkeypatch):
+    """What the process had at most is set here: other tests may have needed more than any of these."""
+    bytes_ = [5000 * 2**20]
+    monkeypatch.setattr(gauge, "most_resident", lambda: bytes_[0])
+    return bytes_
 
 
 def run_in(directory, resumed=None):
@@ -48,6 +61,7 @@ def test_the_first_step_evaluations_and_checkpoints_are_left_out(tmp_path, clock
         "tokens_per_second": 60 / 3,
         "training_seconds": 4.0,  # 3 seconds for 3 steps, and the first one at their speed
         "peak_memory": None,
+        "process_growth": None,
         "seconds": 100.0,
     }
     lines = gauge.pace(tmp_path)
@@ -66,6 +80,7 @@ def test_a_resumed_run_counts_the_tokens_of_its_own_steps_and_no_time_of_the_who
         "tokens_per_second": 24 / 2,
         "training_seconds": None,
         "peak_memory": None,
+        "process_growth": None,
         "seconds": None,
     }
 
@@ -84,3 +99,20 @@ def test_a_run_that_failed_leaves_nothing(tmp_path):
     found.tunekit_run_started()
     found.tunekit_run_finished(run=RunLog(directory=tmp_path, observers=None), error=ValueError())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_growth_of_the_process_is_its_new_peak_less_what_it_had_before(tmp_path, most):
+    found = Gauge("cpu", None)
+    found.tunekit_run_started()
+    before = psutil.Process().memory_info().rss
+    assert finish(found, tmp_path)["process_growth"] is None, "it had more before the run"
+    most[0] += 10 * 2**20
+    assert finish(found, tmp_path)["process_growth"] == pytest.approx(most[0] - before, abs=2**20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says it a second time")
+def test_the_most_that_the_process_ever_had_is_what_linux_says_of_it():
+    status = Path("/proc/self/status").read_text()
+    kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    # At least: the system counts what the process was before it became this program.
+    assert 0.98 * 1024 * kibibytes < MOST_RESIDENT() < psutil.virtual_memory().total

@@ -17,6 +17,7 @@ import tunekit as tk
 from tunekit.core.common.table import html_table
 from tunekit.core.data.codec import Codec
 from tunekit.core.inspection.preview import of_encoded
+from tunekit.core.memory.memory_plan import MemoryPlan
 from tunekit.core.run import overview, run_report
 from tunekit.testing import tiny_tokenizer
 
@@ -73,7 +74,7 @@ def run(tiny_directory, tmp_path_factory):
         data=tk.InMemory(rows=ROWS),
         validation=tk.InMemory(rows=ROWS[:3]),
         adapter=tk.LoRA(rank=2),
-        trainer=tk.SFT(max_steps=4, batch_size=4, evaluate_every=2),
+        trainer=tk.SFT(max_steps=4, batch_size=4, evaluate_every=2, memory=64),
         evaluators=(tk.Perplexity(), tk.TokenAccuracy()),
     )
     return pipeline.run(place / "run'<i>")
@@ -152,6 +153,51 @@ def test_each_figure_is_that_of_the_run(run, pages):
     assert f"torch {json.loads((run.directory / 'environment.json').read_text())['packages']['torch']}" in stripped
     assert 'run = tk.open_run("run\'<i>")' in text
     assert "Answers before and after" not in text
+
+
+def test_the_planned_peak_stands_beside_what_the_process_grew_by_or_cuda_counted(run, copied):
+    recipe = tk.load(run.directory / "recipe.toml")
+    planned = f"peak memory {sum(recipe.plan().memory.values()) / 2**20:,.0f} MiB in a training step "
+
+    def line():
+        rows = rows_of(run_report.RunReport(copied).html())
+        found = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", row)).strip() for row in rows]
+        return next((row for row in found if row.startswith("peak memory")), None)
+
+    changed(copied / "measured.json", lambda found: found.update(process_growth=300 * 2**20))
+    assert line() == planned + "the process grew by 300 MiB, libraries and evaluations included"
+    changed(copied / "measured.json", lambda found: found.update(process_growth=None, peak_memory=2**31))
+    assert line() == planned + "2,048 MiB in the whole run"
+    changed(copied / "measured.json", lambda found: found.update(peak_memory=None))
+    assert line() == planned + "-"
+    changed(copied / "overview.json", lambda found: found["planned"].update(memory=None))
+    assert line() is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_with_plenty_of_memory_a_long_run_is_planned_when_it_has_finished_and_fails_by_that_never(
+    tiny_directory, tmp_path, monkeypatch, fails
+):
+    asked = []
+
+    def plan_memory(self, *_, unless_roomy=None):
+        asked.append(unless_roomy is not None)
+        if fails and unless_roomy is None:
+            raise RuntimeError("no meta device")
+        return None if unless_roomy else MemoryPlan(trainer=self, parts={"activations": 3 * 2**20}, budget=2**30)
+
+    monkeypatch.setattr(tk.SFT, "plan_memory", plan_memory)
+    trainer = tk.SFT(max_steps=1, batch_size=2)
+    pipeline = tk.Pipeline(model=str(tiny_directory), data=tk.InMemory(rows=ROWS), trainer=trainer, evaluators=())
+    if not fails:
+        pipeline.run(tmp_path / "short")
+        assert asked == [True]
+    monkeypatch.setattr(run_report, "LONG_ENOUGH", 0)
+    run = pipeline.run(tmp_path / "long")
+    assert asked[-2:] == [True, False]
+    text = Page(run.report().html()).text
+    assert ("3 MiB in a training step" in text) != fails
+    assert ("the memory of a step could not be planned: RuntimeError: no meta device" in text) == fails
 
 
 def rows_of(page):

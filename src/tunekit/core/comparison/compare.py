@@ -14,7 +14,7 @@ import attrs
 from tunekit.core import recipe
 from tunekit.core.common.secrets import redacted
 from tunekit.core.comparison import arms, probes
-from tunekit.core.comparison.arm_runs import NOT_YET, Arm, ArmRun, run_directory
+from tunekit.core.comparison.arm_runs import COSTS, NOT_YET, Arm, ArmRun, run_directory
 from tunekit.core.comparison.arms import Method
 from tunekit.core.comparison.budget import Budget, Minutes, Steps, Tokens
 from tunekit.core.comparison.comparison import Comparison
@@ -29,7 +29,7 @@ from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
 from tunekit.core.run import files
-from tunekit.core.run.gauge import MEASURED
+from tunekit.core.run.gauge import measured
 from tunekit.core.run.measuring import check_names
 from tunekit.core.training.parallel import check_alone
 from tunekit.errors import ConfigError, TunekitError
@@ -283,7 +283,6 @@ def _figures(trial: Trial, errors: Mapping[Path, str]) -> ArmRun:
     if not (trial.directory / files.RESULT).is_file():
         return ArmRun(seed=seed, steps=trial.steps, error=errors.get(trial.directory, NOT_YET))
     result = files.read_json(trial.directory / files.RESULT)
-    measured = trial.directory / MEASURED
     return ArmRun(
         seed=seed,
         steps=result["training"]["steps"],
@@ -291,7 +290,7 @@ def _figures(trial: Trial, errors: Mapping[Path, str]) -> ArmRun:
         base_metrics=result["base_metrics"],
         trainable_parameters=result["parameters"]["trainable"],
         adapter_bytes=_size(trial.directory / files.ADAPTER),
-        **(files.read_json(measured) if measured.is_file() else {}),
+        **{name: value for name, value in measured(trial.directory).items() if name in COSTS},
     )
 
 

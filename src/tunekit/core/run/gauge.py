@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from tunekit.core.data import batching
 from tunekit.core.hookspecs import hookimpl
 from tunekit.core.interfaces import Trainer
-from tunekit.core.run.files import write_json
+from tunekit.core.run.files import read_json, write_json
 from tunekit.core.run.run_log import RunLog
 
 MEASURED = "measured.json"
@@ -30,6 +32,8 @@ class Gauge:
     - `training_seconds`: the time of these steps, for as many steps as the run took; null if it was resumed.
     - `peak_memory`: bytes, by torch's `max_memory_allocated`, of the whole run; null on the CPU, where torch does not
       count, and what the operating system counts is of the whole process.
+    - `process_growth`: bytes, on the CPU: the most that the process had in memory less what it had before the base was
+      loaded, so that libraries loaded since are in it; null on CUDA, and where the process had more before.
     - `seconds`: the whole run, loading and evaluations included; null if it was resumed.
 
     A line of `pace.jsonl` has a step and what was measured since the line before: `tokens_per_second`, and `memory`:
@@ -43,6 +47,7 @@ class Gauge:
     device: str
     tokens: Iterator[int] | None
     _began: float = 0.0
+    _before: tuple[int, int | None] = (0, None)
     _mark: tuple[int, float] | None = None
     _passed: int = 0
     _timed_steps: int = 0
@@ -53,6 +58,7 @@ class Gauge:
     def tunekit_run_started(self) -> None:
         """Start to measure."""
         self._began = time.monotonic()
+        self._before = self._memory(), most_resident()
         if self.device.startswith("cuda"):
             import torch
 
@@ -91,6 +97,7 @@ class Gauge:
                 "tokens_per_second": self._timed_tokens / self._training if self._timed_tokens else None,
                 "training_seconds": self._training_seconds() if whole else None,
                 "peak_memory": self._memory() if self.device.startswith("cuda") else None,
+                "process_growth": self._growth(),
                 "seconds": round(time.monotonic() - self._began, 3) if whole else None,
             }
             write_json(run.directory / MEASURED, found)
@@ -108,6 +115,12 @@ class Gauge:
             return None
         return round(self._training / self._timed_steps * self._mark[0], 3)
 
+    def _growth(self) -> int | None:
+        (began, most_before), most = self._before, most_resident()
+        if self.device.startswith("cuda") or most is None or most_before is None or most <= most_before:
+            return None
+        return most - began
+
     def _memory(self) -> int:
         if self.device.startswith("cuda"):
             import torch
@@ -116,6 +129,23 @@ class Gauge:
         import psutil
 
         return int(psutil.Process().memory_info().rss)
+
+
+def measured(directory: Path) -> dict[str, Any]:
+    """A run's `measured.json`; empty where there is none."""
+    path = directory / MEASURED
+    found: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return found
+
+
+def most_resident() -> int | None:
+    """The most bytes that this process ever had in memory; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def pace(directory: Path) -> list[dict[str, float]]:

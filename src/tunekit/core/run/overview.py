@@ -23,19 +23,18 @@ TOKENS = 400
 BINS = 20
 
 
-def write(directory: Path, data: Data, codec: Codec, steps: int, learning_rate: float | None) -> None:
+def write(directory: Path, data: Data, codec: Codec, planned: Mapping[str, Any]) -> None:
     """Write `overview.json`.
 
     Args:
         directory: the run directory.
         data: the rows of the run.
         codec: by which they were encoded.
-        steps: optimizer steps that were planned.
-        learning_rate: the highest that was planned; None if the trainer does not say.
+        planned: optimizer `steps`, the highest `learning_rate`, and `memory`: bytes by part of a training step when
+            they are most; None for what the trainer does not say.
     """
     # One at a time: beside no other there is no padding.
     shown = [of_encoded([row], codec, tokens=TOKENS)[0] for row in data.train[:ROWS]]
-    planned = {"steps": steps, "learning_rate": learning_rate}
     found = {"planned": planned, "lengths": histogram(data.train.lengths), "preview": list(map(attrs.asdict, shown))}
     write_json(directory / OVERVIEW, found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import pairwise
@@ -15,10 +15,12 @@ from tunekit.core.common.secrets import redacted
 from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import Trainer
+from tunekit.core.memory.memory_plan import MemoryPlan
 from tunekit.core.run import files, overview
-from tunekit.core.run.gauge import MEASURED, pace
+from tunekit.core.run.gauge import measured, pace
 from tunekit.core.run.html_report import HtmlReport, drawn, environment_lines
 from tunekit.core.run.model_card import fields_line, portable
+from tunekit.core.run.planned import number, planned_and_measured
 from tunekit.core.run.run_log import RunLog
 from tunekit.errors import TrainingError
 
@@ -32,6 +34,8 @@ MOST_LINES = 20
 """So many lines of figures stand for the curves where they cannot be drawn."""
 FEWEST_STEPS = 8
 """Speed and memory of fewer steps are no curve."""
+LONG_ENOUGH = 10.0
+"""Seconds: the memory of a shorter run is not counted for its report, which would take a good part of that time."""
 FIRST_CURVES = ("loss", "learning_rate", "grad_norm")
 NOT_CURVES = ("step", "tokens", "skipped", "stopped")
 ROUTINE = ("started", "saved ", "finished")
@@ -54,7 +58,6 @@ class RunReport(HtmlReport):
         place = self.directory
         result, environment = (files.read_json(place / name) for name in (files.RESULT, files.ENVIRONMENT))
         table, kept = recipe.read(place / files.RECIPE), _optional(place / overview.OVERVIEW)
-        measured = _optional(place / MEASURED)
         evaluations = {name: _optional(place / files.EVALUATIONS / f"{name}.json") for name in ("base", "tuned")}
         history = files.history(place)
         return {
@@ -67,7 +70,7 @@ class RunReport(HtmlReport):
             "data": _data(result),
             "lengths": _lengths(kept["lengths"]) if kept else None,
             "preview": overview.preview(kept).html() if kept else None,
-            "plan": _plan(result, kept.get("planned", {}), measured, history),
+            "plan": planned_and_measured(result, kept.get("planned", {}), measured(place), history),
             "metrics": _metrics(result, evaluations),
             "prompted": list(result.get("prompted", {})),
             "curves": _curves([*history, *_pace(place, environment["device"])]),
@@ -78,21 +81,52 @@ class RunReport(HtmlReport):
         }
 
 
-def leave(log: RunLog, data: Data, codec: Codec, trainer: Trainer, context: Context) -> None:
+def leave(
+    log: RunLog,
+    data: Data,
+    codec: Codec,
+    trainer: Trainer,
+    context: Context,
+    memory: MemoryPlan | None,
+    settled: Callable[[], tuple[object, MemoryPlan | None]],
+) -> None:
     """Write `overview.json` and `report.html` of a run that finished.
 
     Whatever goes wrong is noted in the log and raises nothing: the run is good without its report. Of several processes
     the first writes them.
+
+    Args:
+        log: of the run.
+        data: its rows.
+        codec: by which they were encoded.
+        trainer: its trainer.
+        context: its facts.
+        memory: the plan it began with; None where there was so much memory that none was made.
+        settled: makes one now, beside the precision.
     """
     if not log.processes.is_first:
         return
     try:
-        rate = trainer.peak_learning_rate(context)
-        overview.write(log.directory, data, codec, context.total_steps, rate)
+        if memory is None and files.read_json(log.directory / files.RESULT)["seconds"] >= LONG_ENOUGH:
+            memory = _planned_late(log, settled)
+        planned = {
+            "steps": context.total_steps,
+            "learning_rate": trainer.peak_learning_rate(context),
+            "memory": dict(memory.parts) if memory else None,
+        }
+        overview.write(log.directory, data, codec, planned)
         RunReport(log.directory).save(log.directory / FILE)
     except Exception as error:
         with suppress(TrainingError):  # a full disk takes no note either
             log.note(f"there is no {FILE}: {type(error).__name__}: {redacted(str(error))}")
+
+
+def _planned_late(log: RunLog, settled: Callable[[], tuple[object, MemoryPlan | None]]) -> MemoryPlan | None:
+    try:
+        return settled()[1]
+    except Exception as error:  # whatever a model of somebody else's raises on the meta device
+        log.note(f"the memory of a step could not be planned: {type(error).__name__}: {redacted(str(error))}")
+        return None
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -117,31 +151,6 @@ def _data(result: Mapping[str, Any]) -> list[list[str]]:
         ["tokens in one pass", f"{tokens['train']:,}"],
         ["of them learned", f"{tokens['supervised']:,}{share}"],
         *([reason, f"{count:,} row{'s' * (count != 1)}"] for reason, count in rows["changed"].items()),
-    ]
-
-
-def _plan(
-    result: Mapping[str, Any],
-    planned: Mapping[str, Any],
-    measured: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-) -> list[list[str]]:
-    """What was planned beside what was measured; a dash where one of them is not known."""
-    rates = [line["learning_rate"] for line in history if "learning_rate" in line]
-    parameters = result["parameters"]
-    share = parameters["trainable"] / parameters["total"]
-    speed, memory = measured.get("tokens_per_second"), measured.get("peak_memory")
-    training = measured.get("training_seconds")
-    resumes = len(result["resumes"])
-    return [
-        ["optimizer steps", _number(planned.get("steps")), _number(result["training"]["steps"])],
-        ["highest learning rate", _number(planned.get("learning_rate")), _number(max(rates, default=None))],
-        ["trained parameters", "-", f"{parameters['trainable']:,} of {parameters['total']:,} ({share:.2%})"],
-        ["seconds", "-", f"{result['seconds']:,.1f}" + (" since it was resumed" if resumes else "")],
-        *([["of them training", "-", f"{training:,.1f}"]] if training else []),
-        *([["tokens a second", "-", f"{speed:,.0f}"]] if speed else []),
-        *([["peak memory", "-", f"{memory / 2**20:,.0f} MiB"]] if memory else []),
-        *([["resumed", "-", f"{resumes} time{'s' * (resumes != 1)}"]] if resumes else []),
     ]
 
 
@@ -243,10 +252,6 @@ def _notes(path: Path) -> list[str]:
     return [line for line in dict.fromkeys(said) if line and not line.startswith(ROUTINE)]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
 def _cell(line: Mapping[str, float], name: str) -> str:
     return f"{line[name]:.4g}" if name in line else ""
 
@@ -256,4 +261,4 @@ def _span(interval: Sequence[float]) -> str:
 
 
 def _with(value: float | None, interval: Sequence[float] | None) -> str:
-    return _number(value) + (f" ({_span(interval)})" if interval else "")
+    return number(value) + (f" ({_span(interval)})" if interval else "")
