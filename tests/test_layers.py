@@ -141,6 +141,7 @@ ORDER = [
     "core.comparison.comparison",
     "core.comparison.arms",
     "core.comparison.probes",
+    "core.comparison.trials",
     "core.comparison.compare",
     "core.comparison.ranking",
 ]

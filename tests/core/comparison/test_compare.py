@@ -352,8 +352,11 @@ def test_a_budget_of_minutes_gives_each_method_the_steps_it_can_make_in_that_tim
 
     before = (tmp_path / "probes.json").read_bytes()
     now[0] += 100
+    reads, load = [], dataset.load
+    monkeypatch.setattr(dataset, "load", lambda *parts: reads.append(parts) or load(*parts))
     assert tk.compare(pipeline, METHODS, **options) == found  # the steps stay as planned, and nothing is run again
     assert (tmp_path / "probes.json").read_bytes() == before
+    assert len(reads) == 1, "the rows are read once for both methods, before and after the probes"
 
 
 def test_a_method_whose_probe_fails_stops_no_other(tiny_directory, tmp_path):

@@ -35,7 +35,7 @@ class Method:
     @property
     def quantizer(self) -> Quantizer | None:
         """How its base is stored."""
-        return self.pipeline.quantizer or self.pipeline.adapter.default_quantizer()
+        return self.pipeline._quantizer
 
     @property
     def stored(self) -> str:

@@ -7,9 +7,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
-
-import attrs
 
 from tunekit.core import recipe
 from tunekit.core.common.secrets import redacted
@@ -19,11 +16,11 @@ from tunekit.core.comparison.arms import Method
 from tunekit.core.comparison.budget import Budget, Minutes, Steps, Tokens
 from tunekit.core.comparison.comparison import Comparison
 from tunekit.core.comparison.shared_base import SharedBase
+from tunekit.core.comparison.trials import Trial, rows_of, trials_of
 from tunekit.core.component import Context
-from tunekit.core.data import dataset
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import fingerprint
-from tunekit.core.model.base import Base, LoadBase, choose_device, context_length
+from tunekit.core.model.base import Base, LoadBase, choose_device
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
@@ -32,28 +29,9 @@ from tunekit.core.run import files
 from tunekit.core.run.gauge import measured
 from tunekit.core.run.measuring import check_names
 from tunekit.core.training.parallel import check_alone
-from tunekit.errors import ConfigError, TunekitError
+from tunekit.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-@attrs.frozen(kw_only=True)
-class Trial:
-    """One run of a comparison, before it is made.
-
-    Args:
-        method: of which arm it is.
-        pipeline: whole, with seed and budget.
-        steps: optimizer steps it takes.
-        directory: where it goes.
-        data: its rows; None where they cannot be read for this method, at which the run will fail.
-    """
-
-    method: Method
-    pipeline: Pipeline
-    steps: int
-    directory: Path
-    data: dataset.Data | None
 
 
 def compare(
@@ -92,12 +70,16 @@ def compare(
     """
     directory, seeds, observers = Path(directory), tuple(seeds), tuple(observers)
     check_alone("a comparison")
-    _check_arguments(budget, seeds, learning_rates)
+    _check_arguments(budget, seeds, learning_rates, on)
     check_names(pipeline.evaluators)
     methods = arms.methods(pipeline, (pipeline.adapter,) if adapters is None else tuple(adapters), learning_rates)
     names = [method.name for method in methods]
     device, shared = "cpu" if on else choose_device(pipeline.device), SharedBase()
     errors: dict[Path, str] = {}
+    rows = {seed: rows_of(methods, seed) for seed in seeds}
+
+    def planned(budgets: Mapping[str, Steps | Tokens | None]) -> list[Trial]:
+        return [trial for seed in seeds for trial in trials_of(methods, seed, rows[seed], budgets, directory)]
 
     def settle() -> bool:
         unchanged = shared.take_back()
@@ -106,22 +88,19 @@ def compare(
 
     budgets: Mapping[str, Steps | Tokens | None]
     if isinstance(budget, Minutes):
-        if on:
-            raise ConfigError("how fast a cluster trains is not known here; use tk.Tokens", "compare.budget")
         # For what is wrong with all: before anything is written. The steps are known after the probes.
-        for seed in seeds:
-            _trials(methods, seed, dict.fromkeys(names, Tokens(1)), directory)
+        planned(dict.fromkeys(names, Tokens(1)))
         directory.mkdir(parents=True, exist_ok=True)
         found, failed = probes.budgets(methods, budget, seeds[0], directory, shared.load, settle)
         budgets = {name: found.get(name, Tokens(1)) for name in names}
         errors |= {run_directory(directory, name, seed): why for name, why in failed.items() for seed in seeds}
     else:
         budgets = dict.fromkeys(names, budget)
-    trials = [trial for seed in seeds for trial in _trials(methods, seed, budgets, directory)]
+    trials = planned(budgets)
     base = Base(model=pipeline.model, revision=pipeline.revision, trust_remote_code=pipeline.trust_remote_code)
     known = fingerprint.fingerprint(base)
     for trial in trials:
-        _check_same(trial, known)
+        trial.check_same(known)
 
     def so_far() -> Comparison:
         return Comparison(
@@ -155,93 +134,18 @@ def compare(
     return comparison
 
 
-def _check_arguments(budget: Budget | None, seeds: Sequence[int], learning_rates: Sequence[float] | None) -> None:
+def _check_arguments(
+    budget: Budget | None, seeds: Sequence[int], learning_rates: Sequence[float] | None, on: Ray | None
+) -> None:
     if not isinstance(budget, Steps | Tokens | Minutes | None):
         raise ConfigError(
             f"expected tk.Steps(n), tk.Tokens(n), tk.Minutes(n) or None, got {budget!r}", "compare.budget"
         )
+    if on and isinstance(budget, Minutes):
+        raise ConfigError("how fast a cluster trains is not known here; use tk.Tokens", "compare.budget")
     for name, values in (("seeds", seeds), ("learning_rates", learning_rates)):
         if values is not None and (not values or len(set(values)) < len(values)):
             raise ConfigError(f"must be different numbers, at least one, got {values!r}", f"compare.{name}")
-
-
-def _trials(
-    methods: Sequence[Method], seed: int, budgets: Mapping[str, Steps | Tokens | None], directory: Path
-) -> list[Trial]:
-    """The runs with one seed. ConfigError if they would not have the same rows."""
-    seeded = [attrs.evolve(method.pipeline, seed=seed) for method in methods]
-    data = _data(seeded)
-    reference = next(found for found in data if found is not None)
-    if any(found is not None and found.fingerprint != reference.fingerprint for found in data):
-        raise ConfigError(
-            "some rows are too long for the methods that take a part of the model's context for virtual tokens, so "
-            "that not all would see the same rows; set the trainer's max_length to what all have room for",
-            "compare.adapters",
-        )
-    trials = []
-    for method, pipeline, found in zip(methods, seeded, data, strict=True):
-        if budget := budgets[method.name]:
-            steps = budget.steps(pipeline.trainer, reference.train.lengths, seed)
-            pipeline = attrs.evolve(pipeline, trainer=arms.with_fields(pipeline.trainer, max_steps=steps))
-        trials.append(
-            Trial(
-                method=method,
-                pipeline=pipeline,
-                steps=pipeline.trainer.planned_steps(len(reference.train)),
-                directory=run_directory(directory, method.name, seed),
-                data=found,
-            )
-        )
-    return trials
-
-
-def _data(pipelines: Sequence[Pipeline]) -> list[dataset.Data | None]:
-    """The rows of each, None for a method that cannot take them; the error, if that is so for every one."""
-    first = pipelines[0]
-    base = Base(
-        model=first.model,
-        revision=first.revision,
-        trust_remote_code=first.trust_remote_code,
-        added_tokens=first.added_tokens,
-    )
-    base.check()
-    codec, longest = base.codec(first.template), context_length(base.config())
-    read: dict[int, dataset.Data] = {}
-    found: list[dataset.Data | None] = []
-    failure: TunekitError | None = None
-    for pipeline in pipelines:
-        try:
-            pipeline.check()
-            taken = pipeline.adapter.extra_tokens()
-            if taken not in read:
-                parts = (pipeline.data, pipeline.validation, pipeline.trainer)
-                read[taken] = dataset.load(*parts, codec, longest, pipeline.seed, pipeline.adapter)
-            found.append(read[taken])
-        except TunekitError as error:
-            failure = error
-            found.append(None)
-    if failure and not any(found):
-        raise failure
-    return found
-
-
-def _check_same(trial: Trial, base: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the trial's directory holds the run of another pipeline, with other rows or another base."""
-    if not (trial.directory / files.RECIPE).is_file():
-        files.check_free(trial.directory)
-        return
-    where = str(trial.directory)
-    if changed := recipe.differences(recipe.read(trial.directory / files.RECIPE), trial.pipeline.to_dict()):
-        raise ConfigError(
-            f"{where} holds the run of another pipeline; changed: {'; '.join(changed)}. Delete it, or choose another "
-            "directory",
-            "compare.directory",
-        )
-    if (trial.directory / files.START).is_file():
-        started = files.read_json(trial.directory / files.START)
-        fingerprint.check_same(started["base"], base, f"the run in {where}")
-        if trial.data is not None and started["data"] != trial.data.fingerprint:
-            raise ConfigError(f"{where} holds a run with other rows than these", "compare.directory")
 
 
 def _job(trial: Trial, observers: Sequence[object]) -> Job:
