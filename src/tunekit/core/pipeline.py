@@ -232,8 +232,15 @@ class Pipeline:
             return self._finished(directory)
         return self._run(directory, resume, observers, load_base)
 
-    def _run(self, directory: Path, resume: Resume, observers: Iterable[object], load: LoadBase) -> Run:
-        """`run`, with a base from `load`: a comparison has one in memory for all of its runs."""
+    def _run(
+        self,
+        directory: Path,
+        resume: Resume,
+        observers: Iterable[object],
+        load: LoadBase,
+        alike: Path | None = None,
+    ) -> Run:
+        """`run`, with a base from `load`: a comparison has one in memory for all its runs. `alike`: see `Measuring`."""
         self.check()
         told = Observers(default_registry(), observers)
         processes, device = join(self.trainer, choose_device(self.device))
@@ -255,7 +262,7 @@ class Pipeline:
             log.begin(steps, [*found.notes, *(settled.notes if settled else ())])
             try:
                 trainer = settled.trainer if settled else self.trainer
-                run = self._train(log, codec, data, context, found, load, trainer)
+                run = self._train(log, codec, data, context, found, load, trainer, alike)
             except BaseException as error:
                 log.end(error)
                 raise
@@ -273,6 +280,7 @@ class Pipeline:
         found: Opened,
         load: LoadBase,
         trainer: Trainer,
+        alike: Path | None,
     ) -> Run:
         from transformers import set_seed
 
@@ -280,7 +288,7 @@ class Pipeline:
         prompted = [] if log.resumed else self._baselines(codec, data)
         pieces = sharded.Pieces(trainer=self.trainer, context=context, processes=log.processes)
         base = pieces.load(give := partial(load, self._base, self._quantizer, codec))
-        measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes)
+        measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes, alike)
         if not log.resumed:
             asked = pieces.cut(base)
             found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))

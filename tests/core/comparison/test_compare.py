@@ -8,16 +8,20 @@ import attrs
 import pytest
 
 import tunekit as tk
+from tunekit.core.comparison import arms
 from tunekit.core.comparison.arms import name_of
+from tunekit.core.comparison.trials import measured_alike, rows_of, trials_of
 from tunekit.core.data import dataset
 from tunekit.core.data.batching import RowOrder
 from tunekit.core.data.codec import Codec
 from tunekit.core.model.base import Base
 from tunekit.core.registry import default_registry
+from tunekit.core.run import measuring
 from tunekit.core.run.gauge import tokens_of_steps
 
 ROWS = [{"prompt": f"repeat {n}", "completion": " ".join([str(n)] * (1 + n % 5))} for n in range(23)]
 METHODS = (tk.LoRA(rank=2), tk.IA3())
+METHOD_NAMES = ("lora-rank-2", "ia3")
 
 
 def make(tiny_directory, **changes):
@@ -370,6 +374,52 @@ def test_a_method_whose_probe_fails_stops_no_other(tiny_directory, tmp_path):
             make(tiny_directory, trainer=tk.Transformers()), METHODS, directory=tmp_path / "b", budget=tk.Minutes(1)
         )
     assert not (tmp_path / "b").exists()
+
+
+# Longer prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_baselines_are_lines_of_their_own_and_measured_once_for_each_base(tiny_directory, tmp_path, monkeypatch):
+    pipeline = make(tiny_directory, baselines=(tk.Prompted(shots=1),))
+    asked, measure = [], measuring.measure
+
+    def spied(evaluators, model, tokenizer, rows, context):
+        asked.append("prompted" if isinstance(rows, list) else "as they are")
+        return measure(evaluators, model, tokenizer, rows, context)
+
+    monkeypatch.setattr(measuring, "measure", spied)
+    options = {"directory": tmp_path, "budget": tk.Steps(1)}
+    found = tk.compare(pipeline, METHODS, **options)
+    assert (asked.count("prompted"), asked.count("as they are")) == (1, 4), "base and tuned of two arms"
+    one, other = (found.run(arm) for arm in found.arms)
+    assert one.evaluations["prompted-1"] == other.evaluations["prompted-1"]
+    assert other.result["intervals"]["metrics"]["nll"]["prompted"]["prompted-1"]["difference"]
+    expected = {"prompted-1": one.evaluations["prompted-1"]["metrics"]}
+    assert [arm.runs[0].prompted_metrics for arm in found.arms] == [expected, expected]
+    assert expected["prompted-1"]["perplexity"] != one.base_metrics["perplexity"]
+
+    lines = [line[:2] for line in found.table()[1]]
+    values = [one.base_metrics, expected["prompted-1"], one.metrics, other.metrics]
+    shown = [f"{metrics['perplexity']:.4g}" for metrics in values]
+    assert lines == [list(pair) for pair in zip(("base", "prompted-1", *METHOD_NAMES), shown, strict=True)]
+    assert all(row["prompted-1_perplexity"] == expected["prompted-1"]["perplexity"] for row in found.rows)
+    assert tk.open_comparison(tmp_path) == found
+    assert f'<th scope="row">prompted-1</th><td>{shown[1]}</td>' in found.report().html()
+
+    shutil.rmtree(tmp_path / "ia3")
+    again = tk.compare(pipeline, METHODS, **options)
+    assert asked.count("prompted") == 1, "the arm that is made again finds it where the other has it"
+    assert [arm.runs[0].metrics for arm in again.arms] == [arm.runs[0].metrics for arm in found.arms]
+    methods = arms.methods(pipeline, (tk.IA3(), tk.LoHa(), tk.QLoRA(), tk.Full()), None)
+    budgets = dict.fromkeys((method.name for method in methods), tk.Steps(1))
+    ia3, loha, qlora, full = trials_of(methods, 0, rows_of(methods, 0), budgets, tmp_path)
+    assert measured_alike(loha, [loha, ia3], "cpu") == tmp_path / "ia3/seed-0"
+    assert measured_alike(ia3, [ia3, qlora], "cpu") is None, "nobody else has"
+    assert measured_alike(qlora, [ia3], "cpu") is None, "its base is stored otherwise"
+    wide = attrs.evolve(full, pipeline=attrs.evolve(full.pipeline, dtype="bfloat16"))
+    assert measured_alike(wide, [ia3], "cpu") is None, "its base is rounded otherwise"
+    later = attrs.evolve(loha, pipeline=attrs.evolve(loha.pipeline, seed=1))
+    assert measured_alike(later, [ia3], "cpu") is None, "its shots are others"
 
 
 # How it is shown ------------------------------------------------------------------------------------------------------

@@ -116,20 +116,22 @@ def test_the_sum_is_rounded_once(finished, tmp_path, dtype):
 
 @pytest.fixture(scope="module")
 def run(tiny_directory, tmp_path_factory):
-    return make(tiny_directory, tk.LoRA(rank=2)).run(tmp_path_factory.mktemp("lora") / "run")
+    pipeline = make(tiny_directory, tk.LoRA(rank=2), baselines=(tk.Prompted(shots=1),))
+    return pipeline.run(tmp_path_factory.mktemp("lora") / "run")
 
 
 def test_the_card_states_what_it_is_made_of_and_no_path_of_this_machine(run, tmp_path, tiny_directory):
     directory = run.export(tmp_path / "merged")
     card = (directory / "README.md").read_text()
-    rows = run.result["rows"]
+    rows, prompted = run.result["rows"], run.prompted_metrics["prompted-1"]
     for fact in (
         f"# {tiny_directory.name}, fine-tuned",
         "adapter/lora of tunekit",
         "rank=2",
         "`in-memory`",
         f"{rows['train']} trained on, {rows['validation']} held out",
-        f"| nll | {run.base_metrics['nll']:.4g} | {run.metrics['nll']:.4g} |",
+        "| metric | base | prompted-1 | tuned |",
+        f"| nll | {run.base_metrics['nll']:.4g} | {prompted['nll']:.4g} | {run.metrics['nll']:.4g} |",
         f"torch {torch.__version__}",
     ):
         assert fact in card

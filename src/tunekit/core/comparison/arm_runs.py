@@ -35,6 +35,7 @@ class ArmRun:
         error: why it failed, with the name of the exception; None if it finished. What follows is then empty.
         metrics: of the tuned model.
         base_metrics: of its base, by the same code on the same rows.
+        prompted_metrics: by the name of each baseline of the pipeline ("prompted-4"), those of its base so prompted.
         trainable_parameters: parameters that training changes.
         peak_memory: bytes; None on the CPU, where they cannot be told apart from those of the process.
         tokens_per_second: of training rows, while training; None where it was not measured.
@@ -50,6 +51,7 @@ class ArmRun:
     error: str | None = None
     metrics: Mapping[str, float] = attrs.field(factory=dict)
     base_metrics: Mapping[str, float] = attrs.field(factory=dict)
+    prompted_metrics: Mapping[str, Mapping[str, float]] = attrs.field(factory=dict)
     trainable_parameters: int | None = None
     peak_memory: int | None = None
     tokens_per_second: float | None = None
@@ -81,12 +83,19 @@ class Arm:
         """Whether every run of it finished."""
         return all(run.error is None for run in self.runs)
 
-    def mean(self, name: str) -> tuple[float | None, float | None]:
+    @property
+    def baselines(self) -> list[str]:
+        """The longer prompts with which its base was measured ("prompted-4")."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.prompted_metrics))
+
+    def mean(self, name: str, baseline: str | None = None) -> tuple[float | None, float | None]:
         """Mean over the finished runs, and half of its 95 % interval, of a metric, of `base_` and a metric, or a cost.
+
+        With a `baseline`, one of `baselines`, a metric is that of the base so prompted.
 
         None where there is no such figure, and None for the interval where there are not two runs.
         """
-        values = [value for run in self.runs if (value := _figure(run, name)) is not None]
+        values = [value for run in self.runs if (value := _figure(run, name, baseline)) is not None]
         if not values:
             return None, None
         # What is the same in every run, such as a count, stays as it is.
@@ -98,7 +107,9 @@ def run_directory(directory: Path, arm: str, seed: int) -> Path:
     return directory / arm / f"seed-{seed}"
 
 
-def _figure(run: ArmRun, name: str) -> float | None:
+def _figure(run: ArmRun, name: str, baseline: str | None) -> float | None:
+    if baseline is not None:
+        return run.prompted_metrics.get(baseline, {}).get(name)
     if name in COSTS:
         found: float | None = getattr(run, name)
         return found

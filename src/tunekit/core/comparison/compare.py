@@ -16,7 +16,7 @@ from tunekit.core.comparison.arms import Method
 from tunekit.core.comparison.budget import Budget, Minutes, Steps, Tokens
 from tunekit.core.comparison.comparison import Comparison
 from tunekit.core.comparison.shared_base import SharedBase
-from tunekit.core.comparison.trials import Trial, rows_of, trials_of
+from tunekit.core.comparison.trials import Trial, measured_alike, rows_of, trials_of
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import fingerprint
@@ -49,7 +49,8 @@ def compare(
 
     Each run is an ordinary one in `directory/<arm>/seed-<n>`, to the last bit what `Pipeline.run` makes of it alone.
     The base stays in memory from one to the next, put back as it was loaded; it is loaded again where a method wrote
-    into its weights. Called again, it takes finished runs as they are and goes on with unfinished ones. A run that
+    into its weights. Baselines (`tunekit.Prompted`) are measured once for each base and seed, but on a cluster, and are
+    lines of their own. Called again, it takes finished runs as they are and goes on with unfinished ones. A run that
     fails does not stop the others; it is tried again by the next call.
 
     Args:
@@ -124,7 +125,7 @@ def compare(
     for trial in sorted(todo, key=lambda trial: trial.method.stored):
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
-            _run(trial, observers, shared.load)
+            _run(trial, observers, shared.load, measured_alike(trial, trials, device))
         except Exception as error:  # one method's failure is a result of the comparison, not its end
             errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
         if not settle():
@@ -154,10 +155,10 @@ def _job(trial: Trial, observers: Sequence[object]) -> Job:
     return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=tuple(observers))
 
 
-def _run(trial: Trial, observers: Sequence[object], load: LoadBase) -> None:
+def _run(trial: Trial, observers: Sequence[object], load: LoadBase, alike: Path | None) -> None:
     """Make the run here. The finished run, and its model with it, is not kept."""
     job = _job(trial, observers)
-    job.pipeline._run(job.directory, job.resume, job.observers, load)
+    job.pipeline._run(job.directory, job.resume, job.observers, load, alike)
 
 
 def _free_memory(device: str) -> None:
@@ -192,6 +193,7 @@ def _figures(trial: Trial, errors: Mapping[Path, str]) -> ArmRun:
         steps=result["training"]["steps"],
         metrics=result["metrics"],
         base_metrics=result["base_metrics"],
+        prompted_metrics=result.get("prompted", {}),
         trainable_parameters=result["parameters"]["trainable"],
         adapter_bytes=_size(trial.directory / files.ADAPTER),
         **{name: value for name, value in measured(trial.directory).items() if name in COSTS},

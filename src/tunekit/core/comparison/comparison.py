@@ -140,11 +140,10 @@ class Comparison:
         return f"{count} run{'s are' if count != 1 else ' is'} not made yet" if count else ""
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """The header and the rows of the table as texts: the bases, and every arm in the order given."""
+        """The header and the rows of the table as texts: what was not trained, and every arm in the order given."""
         header = ["arm", *self.better, "learning rate", "trainable", "memory", "tokens/s", "adapter", "seconds"]
         header += ["steps", "training"] if self._in_time else []
-        lines = [["base" if scheme is None else f"base, {scheme}", *cells] for scheme, cells in self._bases()]
-        lines += [[arm.name, *self._cells(arm)] for arm in self.arms]
+        lines = [*self._bases(), *([arm.name, *self._cells(arm)] for arm in self.arms)]
         lines = [line + [""] * (len(header) - len(line)) for line in lines]
         # What was measured nowhere needs no column: memory on the CPU.
         kept = [at for at in range(len(header)) if at == 0 or any(line[at] not in ("", "-") for line in lines)]
@@ -159,6 +158,7 @@ class Comparison:
         for metric in self.better:
             row[metric], row[f"{metric}_interval"] = arm.mean(metric)
             row[f"base_{metric}"] = arm.mean(f"base_{metric}")[0]
+            row |= {f"{name}_{metric}": arm.mean(metric, name)[0] for name in arm.baselines}
         errors = "; ".join(run.error for run in arm.runs if run.error)
         return {**row, **{cost: arm.mean(cost)[0] for cost in COSTS}, "error": errors or None}
 
@@ -166,13 +166,16 @@ class Comparison:
         """The runs that did not finish."""
         return ((arm, run) for arm in self.arms for run in arm.runs if run.error)
 
-    def _bases(self) -> Iterator[tuple[str | None, list[str]]]:
-        """Each scheme that a base is stored in, and the metrics of that base."""
+    def _bases(self) -> Iterator[list[str]]:
+        """What was not trained: a line for each scheme that a base is stored in, and for each longer prompt to it."""
         for scheme in dict.fromkeys(arm.quantization for arm in self.arms):
             arms = [arm for arm in self.arms if arm.quantization == scheme]
             measured = next((arm for arm in arms if any(run.base_metrics for run in arm.runs)), None)
             if measured:
-                yield scheme, [_quality(*measured.mean(f"base_{metric}")) for metric in self.better]
+                stored = "" if scheme is None else f", {scheme}"
+                yield [f"base{stored}", *(_quality(*measured.mean(f"base_{metric}")) for metric in self.better)]
+                for name in measured.baselines:
+                    yield [f"{name}{stored}", *(_quality(*measured.mean(metric, name)) for metric in self.better)]
 
     @property
     def _in_time(self) -> bool:

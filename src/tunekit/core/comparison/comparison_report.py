@@ -55,6 +55,7 @@ class ComparisonReport(HtmlReport):
             "metric": metric.replace("_", " "),
             "least": found.better.get(metric) == "min",
             "several": len(found.seeds) > 1,
+            "prompted": any(arm.baselines for arm in found.arms),
             "best": best and {"title": f"{best.name} has the best {metric.replace('_', ' ')}"},
             "chosen": repr(best.name if best else found.arms[0].name),
             "failures": found.failures,

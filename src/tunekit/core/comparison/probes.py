@@ -74,7 +74,7 @@ def _speed(pipeline: Pipeline, directory: Path, load: LoadBase) -> float:
     changes = {name: value for name, value in NOT_PROBED.items() if name in fields}
     trainer = with_fields(pipeline.trainer, max_steps=STEPS, **changes)
     with TemporaryDirectory(dir=directory, prefix=".probe-", ignore_cleanup_errors=True) as place:
-        probe = attrs.evolve(pipeline, trainer=trainer, evaluators=())
+        probe = attrs.evolve(pipeline, trainer=trainer, evaluators=(), baselines=())
         probe._run(Path(place) / "run", False, (), load)
         return float(files.read_json(Path(place) / "run" / MEASURED)["tokens_per_second"])
 

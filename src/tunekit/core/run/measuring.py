@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -88,6 +89,8 @@ class Measuring:
         context: the facts of the run.
         processes: those of the run; the first measures, so that each row counts once, and the others wait, or go
             along where the model is in pieces.
+        alike: the directory of a run that has measured the same base with the same baselines on the same rows; what it
+            found is taken from there.
         step: optimizer steps taken.
     """
 
@@ -96,6 +99,7 @@ class Measuring:
     rows: Sequence[Encoded]
     context: Context
     processes: Processes = ALONE
+    alike: Path | None = None
     step: int = 0
 
     def counting(self, after_step: Callable[[nn.Module, int], None]) -> Callable[[nn.Module, int], None]:
@@ -130,6 +134,10 @@ class Measuring:
         return found
 
     def _measure_prompted(self, base: nn.Module, baseline: Baseline) -> dict[str, float]:
+        if self.alike and (directory := self.context.run_directory):
+            known = read_json(self.alike / EVALUATIONS / f"{baseline.name}.json")
+            write_json(directory / EVALUATIONS / f"{baseline.name}.json", known)
+            return dict(known["metrics"])
         able = [evaluator for evaluator in self.evaluators if evaluator.reads_rows]
         found = measure(able, base, self.tokenizer, baseline.rows, self.context)
         found.details["prompted"] = baseline.details

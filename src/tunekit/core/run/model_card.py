@@ -40,8 +40,10 @@ def model_card(run: Path, report: Mapping[str, Any]) -> str:
         ["quantization here", report["quantization"] or "none"],
         ["versions", ", ".join(_versions(environment["packages"]))],
     ]
+    columns = {"base": result["base_metrics"], **result.get("prompted", {}), "tuned": result["metrics"]}
     metrics = [
-        [name, f"{result['base_metrics'][name]:.4g}", f"{value:.4g}"] for name, value in result["metrics"].items()
+        [name, *(f"{found[name]:.4g}" if name in found else "-" for found in columns.values())]
+        for name in result["metrics"]
     ]
     return "\n".join(
         [
@@ -53,7 +55,7 @@ def model_card(run: Path, report: Mapping[str, Any]) -> str:
             "",
             "## Measured on the held-out rows",
             "",
-            *(_table(["metric", "base", "tuned"], metrics) if metrics else ["Nothing was measured."]),
+            *(_table(["metric", *columns], metrics) if metrics else ["Nothing was measured."]),
             *_cost(report),
             "",
         ]
