@@ -152,7 +152,7 @@ class AdapterMethod(Component):
         return {}
 
     def load_train_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Restore what `train_state` returned, after `attach` and before the first step."""
+        """Restore what `train_state` returned: after `attach` and before the first step, or after the last one."""
         if state:
             raise NotSupported(f"{self.name}: has a train state to restore, but no load_train_state")
 

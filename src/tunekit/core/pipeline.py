@@ -300,9 +300,10 @@ class Pipeline:
             raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
         before = checkpoint.checksums(model)
         log.method_state = partial(self.adapter.train_state, model)
+        log.load_method_state = partial(self.adapter.load_train_state, model)
         if log.resumed:
             log.resumed.load_parameters(model)
-            self.adapter.load_train_state(model, log.resumed.state["method"])
+            log.load_method_state(log.resumed.state["method"])
             found.record()
 
         trained = trainer.fit(

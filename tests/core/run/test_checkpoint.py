@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from tunekit import ConfigError, TrainingError
+from tunekit.core.registry import default_registry
 from tunekit.core.run import checkpoint
+from tunekit.core.run.observers import Observers
+from tunekit.core.run.run_log import RunLog
 from tunekit.testing import tiny_model
 
 
@@ -26,6 +29,22 @@ def test_what_is_written_is_read_back(tmp_path):
     other = tiny_model(seed=1)
     found.load_parameters(other)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_step_is_restored_with_the_state_of_the_method_and_the_rest_stays(tmp_path):
+    model, states = tiny_model(), iter([{"ranks": [3]}, {"ranks": [2]}])
+    given = []
+    log = RunLog(directory=tmp_path, observers=Observers(default_registry()), method_state=lambda: next(states))
+    log.load_method_state = given.append
+    log.save(1, model, {}, keep=2)
+    expected = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    log.save(2, model, {}, keep=2)
+    log.restore(1, model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
+    assert given == [{"ranks": [3]}]
 
 
 def test_nothing_but_whole_checkpoints_is_left_behind(tmp_path):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import attrs
+import torch
+from safetensors.torch import load_file
 
 import tunekit as tk
 from tunekit.core.run import files
@@ -41,6 +43,8 @@ SHARDED = {"lora": METHODS["lora"], "full": METHODS["full"], "qlora": tk.QLoRA(r
 DROPOUT = tk.LoRA(rank=2, dropout=0.5)
 EARLY = attrs.evolve(TRAINER, stop_beyond={"perplexity": 1.0})
 """Stops at its first evaluation."""
+BEST = attrs.evolve(SHORT, learning_rate=0.5, evaluate_every=1, restore_best=True)
+"""The first evaluation is the best."""
 STOP = 4
 """The step at which a run is asked to stop."""
 
@@ -73,6 +77,19 @@ def unfinished(run, directory):
     return shutil.copytree(run, directory, ignore=shutil.ignore_patterns(files.ADAPTER, files.RESULT))
 
 
+def check_best(directory):
+    """The run in `directory`, by `BEST`, ended with what the checkpoint of its best evaluation has, to the last bit."""
+    run = tk.open_run(directory)
+    step = run.result["training"]["best_step"]
+    assert step < run.result["training"]["steps"]
+    stored = load_file(directory / f"checkpoints/step-{step:06d}/parameters.safetensors")
+    saved = load_file(directory / "adapter/adapter_model.safetensors")
+    assert len(saved) == len(stored) > 0
+    for name, value in saved.items():
+        assert torch.equal(value, stored[name.replace(".weight", ".default.weight")]), name
+    assert run.metrics == run.evaluations[f"step-{step:06d}"]["metrics"]
+
+
 def main(what, model, directory):
     if what == "methods":
         for name, adapter in METHODS.items():
@@ -84,6 +101,7 @@ def main(what, model, directory):
             (directory / f"refused-{os.environ['RANK']}").touch()  # on every process
         make(model, DROPOUT).run(directory / "dropout")
         attrs.evolve(make(model, METHODS["lora"], EARLY), baselines=(tk.Prompted(shots=1),)).run(directory / "early")
+        make(model, METHODS["lora"], BEST).run(directory / "best")
         for name, adapter in {"dropout": DROPOUT, "adalora": METHODS["adalora"]}.items():
             try:
                 make(model, adapter).run(directory / "stopped" / name, observers=[Stops()])
@@ -98,6 +116,7 @@ def main(what, model, directory):
         del os.environ[parallel.FSDP]
         for name, adapter in SHARDED.items():
             make(model, adapter, IN_PIECES).run(directory / name)
+        make(model, METHODS["lora"], attrs.evolve(BEST, parallel="sharded")).run(directory / "best")
         make(model, DROPOUT, IN_PIECES).run(directory / "dropout")
         parallel.started().first(lambda: unfinished(directory / "dropout", directory / "resumed"))
         make(model, DROPOUT, IN_PIECES).run(directory / "resumed", resume=True)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from launching import ACCELERATE, difference, launch
-from parallel_runs import METHODS, STOP, Stops, make
+from parallel_runs import METHODS, STOP, Stops, check_best, make
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
@@ -58,6 +58,10 @@ def test_all_processes_stop_early_at_the_same_step(two):
     assert run.result["training"]["steps"] == 3
     assert "perplexity is" in run.result["training"]["stopped"]
     assert set(run.evaluations) == {"base", "prompted-1", "step-000003", "tuned"}
+
+
+def test_all_processes_end_with_the_best_evaluation(two):
+    check_best(two / "best")
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(two):

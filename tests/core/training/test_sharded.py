@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 from launching import FSDP, difference, launch
-from parallel_runs import IN_PIECES, METHODS, SHARDED, SHORT, make, unfinished
+from parallel_runs import IN_PIECES, METHODS, SHARDED, SHORT, check_best, make, unfinished
 
 import tunekit as tk
 from tunekit.core.component import Context
@@ -55,6 +55,10 @@ def test_each_process_keeps_about_half_of_the_model(two):
         log = (two / method / "log.txt").read_text()
         kept, there = (int(number.replace(",", "")) for number in re.findall(r"keeps ([\d,]+) of ([\d,]+)", log)[0])
         assert kept < 0.52 * there
+
+
+def test_all_pieces_are_those_of_the_best_evaluation(two):
+    check_best(two / "best")
 
 
 def test_one_process_takes_the_adapter_and_generates_with_it(two, tiny_directory):

@@ -4,10 +4,13 @@ import shutil
 
 import attrs
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tunekit as tk
+from tunekit.core.data import dataset
 from tunekit.core.registry import default_registry
-from tunekit.core.run.checkpoint import checksums, newest
+from tunekit.core.run.checkpoint import checksums, newest, trained_parameters
 from tunekit.core.run.files import create, history
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
@@ -22,11 +25,11 @@ TALKS = [
 ]
 
 
-def fit(trainer, directory, curve, resumed=None, **facts):
+def fit(trainer, directory, curve, resumed=None, model=None, **facts):
     """Train with the evaluation at step n giving curve[n]; the steps evaluated are those asked for."""
     if resumed is None:
         create(directory)
-    model, steps = tiny_model(), []
+    model, steps = model or tiny_model(), []
     if resumed:
         resumed.load_parameters(model)
     log = RunLog(directory=directory, observers=Observers(default_registry()), resumed=resumed)
@@ -107,10 +110,94 @@ def test_a_resumed_run_stops_where_it_would_have_and_never_goes_on(tmp_path):
     assert (found.steps, steps) == (7, [])
 
 
+def test_the_tuned_model_is_that_of_the_best_evaluation_to_the_last_bit_resumed_as_well(tmp_path):
+    trainer = tk.SFT(**BEST, patience=2, save_every=1, keep=20, restore_best=True)
+    curve, model = nlls(3.0, 1.0, 2.0, 2.0), tiny_model()
+    whole, parameters, steps = fit(trainer, tmp_path / "whole", curve, model=model)
+    assert (steps[-1], whole.steps, whole.metrics["best_step"]) == (8, 8, 4)
+    assert whole.notes["restored"] == "the tuned model is that of step 4, with the best nll, 1"
+    assert whole.notes["restored"] in (tmp_path / "whole/log.txt").read_text()
+    checkpoints = tmp_path / "whole/checkpoints"
+    best, later = (load_file(checkpoints / f"step-00000{step}/parameters.safetensors") for step in (4, 7))
+    tuned = trained_parameters(model)
+    assert tuned.keys() == best.keys()
+    assert all(torch.equal(tuned[name], best[name]) for name in best)
+    assert not all(torch.equal(later[name], best[name]) for name in best)
+
+    for steps in ([3], [4], [4, 7], [7]):
+        place = tmp_path / f"from-{steps}"
+        create(place)
+        for step in steps:
+            name = f"step-00000{step}"
+            shutil.copytree(checkpoints / name, place / "checkpoints" / name)
+        resumed = newest(place / "checkpoints")
+        if steps == [7]:
+            with pytest.raises(tk.TrainingError, match="step-000004 is not as it was written, or not there"):
+                fit(trainer, place, curve, resumed)
+        else:
+            found, again, _ = fit(trainer, place, curve, resumed)
+            assert (found, again) == (whole, parameters), steps
+
+
+def test_the_last_step_stays_where_it_is_the_best(tmp_path):
+    trainer = tk.SFT(**{**BEST, "max_steps": 4}, restore_best=True)
+    found, parameters, _ = fit(trainer, tmp_path / "asked", nlls(3.0, 2.0))
+    assert found.notes == {}
+    assert parameters == fit(attrs.evolve(trainer, restore_best=False), tmp_path / "not", nlls(3.0, 2.0))[1]
+
+
+@pytest.fixture
+def contrary():
+    """An evaluator to which the worse is the better, so that the best comes first."""
+
+    @attrs.frozen(kw_only=True)
+    class Contrary(tk.Perplexity):
+        """Perplexity, the more the better."""
+
+        name = "contrary"
+        better = dict.fromkeys(tk.Perplexity.better, "max")
+
+    default_registry.cache_clear()
+    tk.register(Contrary)
+    yield Contrary
+    default_registry.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "adapter", [tk.LoRA(rank=2), tk.AdaLoRA(initial_rank=4, target_rank=2, interval=1)], ids=lambda a: a.name
+)
+def test_what_is_measured_saved_and_used_is_the_best_that_the_method_can_save(
+    tiny_directory, tmp_path, contrary, adapter
+):
+    rows = tk.InMemory(rows=[{"prompt": f"row {n}", "completion": "ab" * n} for n in range(1, 5)])
+    pipeline = tk.Pipeline(
+        model=str(tiny_directory),
+        data=rows,
+        validation=rows,
+        adapter=adapter,
+        trainer=tk.SFT(
+            max_steps=8, batch_size=4, evaluate_every=2, keep_best="nll", restore_best=True, learning_rate=0.01
+        ),
+        evaluators=(contrary(),),
+    )
+    run = pipeline.run(tmp_path / "run")
+    best = 2 if adapter.name == "lora" else 6
+    found = run.result["training"]
+    assert (found["steps"], found["best_step"]) == (8, best), "AdaLoRA's ranks are cut down at step 6"
+    assert run.metrics == run.evaluations[f"step-00000{best}"]["metrics"] != run.evaluations["step-000008"]["metrics"]
+    assert run.metrics["nll"] == found["best_nll"]
+    assert found["restored"] in run.report().html()
+    again = tk.open_run(tmp_path / "run")._model(tuned=True)
+    held_out = dataset.load(rows, rows, pipeline.trainer, again.codec, None, 0).validation
+    found = contrary().evaluate(again.model, again.codec.tokenizer, held_out, again.context)
+    assert found["nll"] == pytest.approx(run.metrics["nll"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"patience": 2}, r"SFT\.patience: needs keep_best"),
+        ({"restore_best": True}, r"SFT\.restore_best: needs keep_best"),
         ({"stop_beyond": {"nll": 1.0}}, r"SFT\.stop_beyond: needs evaluate_every"),
         ({"stop_beyond": {"nl": 1.0}, "evaluate_every": 1}, r"SFT\.stop_beyond: no evaluator returns 'nl'"),
     ],

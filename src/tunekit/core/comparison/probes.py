@@ -23,6 +23,7 @@ STEPS = 9
 """Steps of a probe. The first is not timed: much is set up in it."""
 NOT_PROBED = {
     **dict.fromkeys(("evaluate_every", "keep_best", "patience", "stop_beyond", "save_minutes")),
+    "restore_best": False,
     "save_every": STEPS,
     "log_every": 1,
 }

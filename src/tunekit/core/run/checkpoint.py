@@ -60,9 +60,11 @@ class Checkpoint:
                     f"{self.directory} holds other parameters than this pipeline trains; it cannot be resumed: "
                     f"{name} is {there} there and {here} here"
                 )
+        if sharded.in_pieces(model):
+            sharded.take_apart(model)
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(stored[name])
+                parameter.copy_(sharded.cut_alike(parameter, {name: stored[name]})[name])
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def write(directory: Path, step: int, parameters: Mapping[str, Tensor], state: M
     import torch
     from safetensors.torch import save_file
 
-    place = directory / f"step-{step:06d}"
+    place = _place(directory, step)
     scratch = directory / f".{place.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -137,23 +139,42 @@ def newest(directory: Path) -> Checkpoint | None:
         ConfigError: all that are there are damaged.
         TrainingError: it holds code.
     """
-    import torch
-
     places = by_age(directory)
     for place in places:
-        if is_whole(place):
-            manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
-            try:
-                state = torch.load(place / STATE, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise TrainingError(f"{place / STATE} holds more than plain values and tensors: {error}") from None
-            return Checkpoint(directory=place, step=manifest["step"], state=state)
+        if found := _read(place):
+            return found
     if places:
         names = ", ".join(place.name for place in places)
         raise ConfigError(
             f"no checkpoint in {directory} is as it was written: {names}; start anew in another directory"
         )
     return None
+
+
+def of_step(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint of `step` in `directory`; TrainingError if it is not there as it was written, or holds code."""
+    place = _place(directory, step)
+    if found := _read(place):
+        return found
+    raise TrainingError(f"the checkpoint {place} is not as it was written, or not there")
+
+
+def _read(place: Path) -> Checkpoint | None:
+    """A whole checkpoint; None for one that is damaged. TrainingError if it holds code."""
+    import torch
+
+    if not is_whole(place):
+        return None
+    manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        state = torch.load(place / STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TrainingError(f"{place / STATE} holds more than plain values and tensors: {error}") from None
+    return Checkpoint(directory=place, step=manifest["step"], state=state)
+
+
+def _place(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
 
 
 def by_age(directory: Path) -> list[Path]:
@@ -175,7 +196,7 @@ def is_whole(place: Path) -> bool:
 def keep_newest(directory: Path, count: int, best: int | None = None) -> None:
     """Delete all but the newest `count` checkpoints, and that of step `best`."""
     for place in by_age(directory)[count:]:
-        if best is None or place.name != f"step-{best:06d}":
+        if best is None or place != _place(directory, best):
             shutil.rmtree(place)
 
 

@@ -39,6 +39,7 @@ class RunLog:
         observers: told of everything that is logged and saved.
         resumed: the checkpoint this run goes on from; None for a new run.
         method_state: what the adapter method adds to a checkpoint; set by the pipeline once it is attached.
+        load_method_state: puts that back; set as well.
         processes: those of the run; all call the same methods, the first writes and tells.
         saving: the checkpoint that is being written beside training, if one is.
     """
@@ -47,6 +48,7 @@ class RunLog:
     observers: Observers
     resumed: Checkpoint | None = None
     method_state: Callable[[], Mapping[str, Any]] = dict
+    load_method_state: Callable[[Mapping[str, Any]], object] = dict
     processes: Processes = ALONE
     saving: Background[tuple[int, Path]] = attrs.field(factory=Background, init=False, repr=False)
 
@@ -159,6 +161,20 @@ class RunLog:
         with sharded.whole(model):
             parameters = checkpoint.trained_parameters(model)
             self.processes.first(partial(self._save, step, parameters, state, keep, best, background))
+
+    def restore(self, step: int, model: nn.Module) -> None:
+        """Put what is trained of `model` back as the checkpoint of `step` has it, to the last bit.
+
+        The method's state comes back with it; the optimizer's and the random ones do not, so nothing can be trained
+        afterwards. All processes call it, and each reads the file.
+
+        Raises:
+            TrainingError: the checkpoint is not as it was written, or not there.
+        """
+        self.settle()
+        found = checkpoint.of_step(self.directory / files.CHECKPOINTS, step)
+        found.load_parameters(model)
+        self.load_method_state(found.state["method"])
 
     def settle(self) -> None:
         """Wait until no checkpoint is being written. Raises TrainingError as `save` does."""

@@ -140,8 +140,7 @@ def fit(
                 with summed_loss.paused():
                     measured = validate()
                 run.log(step, {f"validation/{name}": value for name, value in measured.items()})
-                if name := sft.keep_best:
-                    is_best = so_far.is_best(step, measured[name], context.better[name])
+                is_best = so_far.is_best(sft, step, measured, context)
                 if step < steps and so_far.stops(sft, step, measured, context):
                     run.log(step, {"stopped": 1})
             due = step % save_every == 0 or time.monotonic() - saved_at >= 60 * (sft.save_minutes or math.inf)
@@ -162,10 +161,12 @@ def fit(
             if last:
                 break
     run.settle()
-    for note in so_far.notes.values():
+    ended = so_far.stopped_at or steps
+    notes = so_far.notes | so_far.restore_best(sft, ended, run, accelerator.unwrap_model(model))
+    for note in notes.values():
         run.note(note)
     processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
-    return TrainResult(steps=so_far.stopped_at or steps, metrics=so_far.metrics(sft.keep_best), notes=so_far.notes)
+    return TrainResult(steps=ended, metrics=so_far.metrics(sft.keep_best), notes=notes)
 
 
 def _summed_loss(

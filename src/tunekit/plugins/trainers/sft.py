@@ -84,11 +84,13 @@ class SFT(Trainer):
         keep: how many checkpoints stay, the newest.
         keep_best: a metric of the evaluators ("perplexity"): the checkpoint of the evaluation where it was best stays
             too, and the result says which step that was. The last step is evaluated as well.
+        restore_best: the tuned model is that of the best evaluation by keep_best, not that of the last step: it is what
+            is measured at the end, saved and exported. AdaLoRA's must have cut its ranks down.
         background_saving: a checkpoint is copied while training waits, and written while it goes on, where the memory
             has room for the copy. What a stopped run saves last is waited for.
         evaluate_every: steps between evaluations while training; None for none.
         patience: so many evaluations in a row without a better `keep_best`, and the run stops early; None for never.
-            The tuned model is that of the last step.
+            The tuned model is that of the last step, unless restore_best has it otherwise.
         stop_beyond: by metric of the evaluators (`{"forgetting": 0.2}`) a limit: at the first evaluation that is worse,
             the run stops early.
         log_every: steps between log lines.
@@ -127,6 +129,7 @@ class SFT(Trainer):
     save_minutes: float | None = attrs.field(default=None, validator=positive)
     keep: int = attrs.field(default=2, validator=at_least(1))
     keep_best: str | None = None
+    restore_best: bool = False
     background_saving: bool = True
     evaluate_every: int | None = attrs.field(default=None, validator=at_least(1))
     patience: int | None = attrs.field(default=None, validator=at_least(1))
@@ -162,6 +165,8 @@ class SFT(Trainer):
                 raise ConfigError("needs evaluate_every: the steps at which it is measured", f"SFT.{field}")
         if self.patience and not self.keep_best:
             raise ConfigError("needs keep_best: the metric that has to get better", "SFT.patience")
+        if self.restore_best and not self.keep_best:
+            raise ConfigError("needs keep_best: the metric by which it is the best", "SFT.restore_best")
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps on `rows` rows: max_steps, or whole epochs, the last step of each taking what is left."""

@@ -14,8 +14,10 @@ from tunekit.errors import TrainingError
 from tunekit.plugins.trainers.micro_batches import Limits
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from tunekit.core.run.run_log import RunLog
     from tunekit.plugins.trainers.sft import SFT
 
 SHOWN = 16
@@ -63,8 +65,15 @@ class SoFar:
             found.recomputed = sft.recomputed_layers
         return found
 
-    def is_best(self, step: int, value: float, better: Literal["min", "max"]) -> bool:
-        """Whether `value`, measured at `step`, is better than all before; if so it is noted."""
+    def is_best(self, sft: SFT, step: int, measured: Mapping[str, float], context: Context) -> bool:
+        """Whether what was measured at `step` is better by `keep_best` than all before; if so it is noted.
+
+        Where the best becomes the tuned model, steps before the method may end do not count: they could not be saved.
+        """
+        name = sft.keep_best
+        if name is None or (sft.restore_best and step < context.earliest_end):
+            return False
+        value, better = measured[name], context.better[name]
         if self.best is not None and not _beats(value, self.best, better):
             self.waited += 1
             return False
@@ -94,6 +103,17 @@ class SoFar:
             return False
         self.stopped_at, self.stopped = step, f"stopped early after step {step}: {'; '.join(reasons)}"
         return True
+
+    def restore_best(self, sft: SFT, last: int, run: RunLog, model: nn.Module) -> dict[str, str]:
+        """Make `model` that of the best evaluation, where that is asked for and another step was the `last`.
+
+        Returns what is to be noted about it.
+        """
+        if not sft.restore_best or self.best_step is None or self.best_step == last:
+            return {}
+        run.restore(self.best_step, model)
+        said = f"the tuned model is that of step {self.best_step}, with the best {sft.keep_best}, {self.best:.6g}"
+        return {"restored": said}
 
     @property
     def notes(self) -> dict[str, str]:
