@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 import tunekit as tk
+from tunekit.core.common.assets import resolve
 
 METHODS = {
     "LoRA": tk.LoRA(),
@@ -94,7 +95,7 @@ def main(arguments=None):
     parser.add_argument("--output", help="where the figures go, as JSON")
     options = parser.parse_args(arguments)
 
-    text = Path(options.text or tk.ORDERS).read_text(encoding="utf-8")
+    text = Path(options.text or resolve(tk.ORDERS)).read_text(encoding="utf-8")
     pieces = rows(text, options.rows)
     pipeline = tk.Pipeline(
         model=options.model,

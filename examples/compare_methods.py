@@ -1,4 +1,4 @@
-"""Compare methods on the same rows: `python examples/compare_methods.py`, or with your own model and data:
+"""Compare six methods on the same rows: `python examples/compare_methods.py`, or with your own model and data:
 
 python examples/compare_methods.py --model HuggingFaceTB/SmolLM2-135M --data train.jsonl --steps 500 --rates 1e-4 1e-3
 
@@ -32,9 +32,15 @@ pipeline = tk.Pipeline(
 train, held_out = pipeline.rows()
 pipeline = attrs.evolve(pipeline, data=tk.InMemory(rows=train), validation=tk.InMemory(rows=held_out))
 
+methods = [tk.LoRA(), tk.AdaLoRA(), tk.IA3(), tk.LoHa(), tk.LoKr()]
+if importlib.util.find_spec("bitsandbytes"):
+    methods.append(tk.QLoRA())  # LoRA over a base in four bits, which is measured by itself
+else:
+    print("QLoRA is left out: pip install bitsandbytes")
+
 comparison = tk.compare(
     pipeline,
-    adapters=[tk.LoRA(), tk.IA3(), tk.LoHa(), tk.LoKr(), tk.Bottleneck()],
+    adapters=methods,
     directory=options.directory,
     budget=tk.Steps(options.steps),
     seeds=options.seeds,

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import tunekit as tk
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
@@ -58,6 +60,37 @@ def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):
     assert all(figures["seconds"] > 0 for ways in found.values() for figures in ways.values())
     assert [found["LoRA"][way]["to LoRA"] for way in ("lean", "PEFT")] == [1, 1]
     assert capsys.readouterr().out.count("\n") == 1 + len(found)
+
+
+def test_the_quality_of_methods_is_that_of_their_runs(tiny_directory, tmp_path, capsys):
+    quality = runpy.run_path(str(BENCHMARKS / "methods_quality.py"))
+    few = ["--rows", "10", "--steps", "1", "--seeds", "0", "--rates", "0.05", "--methods", "LoRA", "IA3"]
+    places = ["--directory", str(tmp_path / "runs"), "--output", str(tmp_path / "found.json")]
+    found = quality["main"](["--model", str(tiny_directory), *few, *places])
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    for way, rate, arms_ in (
+        ("own rates", None, ("lora", "ia3")),
+        ("best of the rates", 0.05, ("lora-lr-0.05", "ia3-lr-0.05")),
+    ):
+        part = found[way]
+        runs = [tk.open_run(tmp_path / "runs" / way.replace(" ", "-") / arm / "seed-0") for arm in arms_]
+        for figures, run in zip(part["methods"].values(), runs, strict=True):
+            assert figures["bits_per_byte"] == run.metrics["bits_per_byte"]
+            assert figures["learning_rate"] == (rate or run.history[-1]["learning_rate"])
+            assert run.result["rows"] == {"train": 8, "validation": 2, "changed": run.result["rows"]["changed"]}
+        one, other = (run.metrics["bits_per_byte"] for run in runs)
+        assert (part["pairs"], part["as_peft"]) == (1, one < other), "PEFT finds LoRA better than IA3"
+        assert part["base"] == runs[0].base_metrics["bits_per_byte"]
+    assert capsys.readouterr().out.count("1 steps each, seed 0") == 2
+
+
+def test_pairs_of_methods_count_as_clear_where_their_intervals_do_not_overlap():
+    agreement = runpy.run_path(str(BENCHMARKS / "methods_quality.py"))["agreement"]
+    by_method = {"LoRA": (2.0, 0.1), "IA3": (2.5, 0.1), "AdaLoRA": (2.4, 0.2), "Full": (1.0, None)}
+    found = agreement({name: {"bits_per_byte": mean, "interval": half} for name, (mean, half) in by_method.items()})
+    # Against PEFT's order (LoRA, Full, IA3, AdaLoRA) are Full before LoRA, not clear without an interval, and AdaLoRA
+    # before IA3, whose intervals overlap.
+    assert found == {"pairs": 6, "as_peft": 4, "clear_pairs": 2, "clear_as_peft": 2}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The examples do what they say, run as a user runs them."""
 
 import ast
+import importlib.util
 import json
 import re
 import runpy
@@ -95,9 +96,14 @@ def test_methods_are_compared_on_the_users_own_model_and_data(within, tiny_direc
     rows = [{"prompt": f"q {n}", "completion": f"a {n}"} for n in range(12)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     arguments = ("--model", tiny_directory, "--data", tmp_path / "own.jsonl", "--directory", tmp_path / "compare")
-    arguments += ("--steps", 1, "--seeds", 0, "--rates", 0.01)
+    arguments += ("--steps", 2, "--seeds", 0, "--rates", 0.01)
     shown = within("compare_methods.py", *arguments)
-    names = ["lora-lr-0.01", "ia3-lr-0.01", "loha-lr-0.01", "lokr-lr-0.01", "bottleneck-lr-0.01"]
+    methods = ["lora", "adalora", "ia3", "loha", "lokr"]
+    if importlib.util.find_spec("bitsandbytes"):
+        methods.append("qlora")
+        assert re.search(r"^base, nf4 ", shown, re.MULTILINE)
+    assert ("QLoRA is left out" in shown) == ("qlora" not in methods)
+    names = [f"{method}-lr-0.01" for method in methods]
     assert re.findall(r"^([a-z0-9]+-lr-\S+) ", shown, re.MULTILINE) == names
     assert re.search(r"^the best by perplexity: \S+-lr-0.01; its first run is in ", shown, re.MULTILINE)
     found = tk.open_comparison(tmp_path / "compare")
