@@ -64,24 +64,33 @@ def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):
 
 def test_the_quality_of_methods_is_that_of_their_runs(tiny_directory, tmp_path, capsys):
     quality = runpy.run_path(str(BENCHMARKS / "methods_quality.py"))
-    few = ["--rows", "10", "--steps", "1", "--seeds", "0", "--rates", "0.05", "--methods", "LoRA", "IA3"]
+    few = ["--rows", "5", "--steps", "1", "--seeds", "0", "--methods", "LoRA", "IA3"]
     places = ["--directory", str(tmp_path / "runs"), "--output", str(tmp_path / "found.json")]
     found = quality["main"](["--model", str(tiny_directory), *few, *places])
     assert json.loads((tmp_path / "found.json").read_text()) == found
-    for way, rate, arms_ in (
-        ("own rates", None, ("lora", "ia3")),
-        ("best of the rates", 0.05, ("lora-lr-0.05", "ia3-lr-0.05")),
-    ):
-        part = found[way]
-        runs = [tk.open_run(tmp_path / "runs" / way.replace(" ", "-") / arm / "seed-0") for arm in arms_]
-        for figures, run in zip(part["methods"].values(), runs, strict=True):
-            assert figures["bits_per_byte"] == run.metrics["bits_per_byte"]
-            assert figures["learning_rate"] == (rate or run.history[-1]["learning_rate"])
-            assert run.result["rows"] == {"train": 8, "validation": 2, "changed": run.result["rows"]["changed"]}
-        one, other = (run.metrics["bits_per_byte"] for run in runs)
-        assert (part["pairs"], part["as_peft"]) == (1, one < other), "PEFT finds LoRA better than IA3"
-        assert part["base"] == runs[0].base_metrics["bits_per_byte"]
-    assert capsys.readouterr().out.count("1 steps each, seed 0") == 2
+    part, runs = (
+        found["own rates"],
+        [tk.open_run(tmp_path / "runs/own-rates" / arm / "seed-0") for arm in ("lora", "ia3")],
+    )
+    for figures, run in zip(part["methods"].values(), runs, strict=True):
+        assert figures["bits_per_byte"] == run.metrics["bits_per_byte"]
+        assert figures["learning_rate"] == run.history[-1]["learning_rate"]
+        assert (run.result["rows"]["train"], run.result["rows"]["validation"]) == (4, 1)
+    one, other = (run.metrics["bits_per_byte"] for run in runs)
+    assert (part["pairs"], part["as_peft"]) == (1, one < other), "PEFT finds LoRA better than IA3"
+    assert part["base"] == runs[0].base_metrics["bits_per_byte"]
+    assert "1 steps each, seed 0" in capsys.readouterr().out
+
+
+def test_of_several_rates_that_of_the_best_mean_counts_and_a_failed_arm_does_not():
+    figures = runpy.run_path(str(BENCHMARKS / "methods_quality.py"))["figures"]
+
+    def arm(rate, bits, finished=True):
+        return SimpleNamespace(learning_rate=rate, finished=finished, mean=lambda name: (bits, None))
+
+    arms_ = [arm(0.1, 3.0), arm(0.2, 2.0), arm(0.3, 1.0, finished=False), arm(0.1, 5.0), arm(0.2, 6.0), arm(0.3, 7.0)]
+    found = figures(SimpleNamespace(arms=arms_), ["LoRA", "IA3"])
+    assert [found[name]["learning_rate"] for name in ("LoRA", "IA3")] == [0.2, 0.1]
 
 
 def test_pairs_of_methods_count_as_clear_where_their_intervals_do_not_overlap():

@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 import tunekit as tk
-from tunekit.core.comparison import arms
+from tunekit.core.comparison import arms, comparison_report
 from tunekit.core.comparison.arms import name_of
 from tunekit.core.comparison.trials import measured_alike, rows_of, trials_of
 from tunekit.core.data import dataset
@@ -404,6 +404,7 @@ def test_baselines_are_lines_of_their_own_and_measured_once_for_each_base(tiny_d
     assert lines == [list(pair) for pair in zip(("base", "prompted-1", *METHOD_NAMES), shown, strict=True)]
     assert all(row["prompted-1_perplexity"] == expected["prompted-1"]["perplexity"] for row in found.rows)
     assert tk.open_comparison(tmp_path) == found
+    monkeypatch.setattr(comparison_report, "find_spec", lambda name: None)
     assert f'<th scope="row">prompted-1</th><td>{shown[1]}</td>' in found.report().html()
 
     shutil.rmtree(tmp_path / "ia3")

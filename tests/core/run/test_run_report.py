@@ -19,6 +19,8 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.inspection.preview import of_encoded
 from tunekit.core.memory.memory_plan import MemoryPlan
 from tunekit.core.run import overview, run_report
+from tunekit.core.run.planned import planned_and_measured
+from tunekit.core.run.run_log import RunLog
 from tunekit.testing import tiny_tokenizer
 
 HOSTILE = "<script>document.title='owned';console.error('owned')</script><img src=x onerror=alert(1)> & \"quoted\""
@@ -155,49 +157,49 @@ def test_each_figure_is_that_of_the_run(run, pages):
     assert "Answers before and after" not in text
 
 
-def test_the_planned_peak_stands_beside_what_the_process_grew_by_or_cuda_counted(run, copied):
-    recipe = tk.load(run.directory / "recipe.toml")
-    planned = f"peak memory {sum(recipe.plan().memory.values()) / 2**20:,.0f} MiB in a training step "
+def test_the_planned_peak_stands_beside_what_the_process_grew_by_or_cuda_counted(run):
+    planned = json.loads((run.directory / "overview.json").read_text())["planned"]
+    assert planned["memory"] == tk.load(run.directory / "recipe.toml").plan().memory
+    mebibytes = f"{sum(planned['memory'].values()) / 2**20:,.0f} MiB in a training step"
 
-    def line():
-        rows = rows_of(run_report.RunReport(copied).html())
-        found = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", row)).strip() for row in rows]
-        return next((row for row in found if row.startswith("peak memory")), None)
+    def line(planned=planned, **measured):
+        rows = planned_and_measured(run.result, planned, measured, run.history)
+        return next((row[1:] for row in rows if row[0] == "peak memory"), None)
 
-    changed(copied / "measured.json", lambda found: found.update(process_growth=300 * 2**20))
-    assert line() == planned + "the process grew by 300 MiB, libraries and evaluations included"
-    changed(copied / "measured.json", lambda found: found.update(process_growth=None, peak_memory=2**31))
-    assert line() == planned + "2,048 MiB in the whole run"
-    changed(copied / "measured.json", lambda found: found.update(peak_memory=None))
-    assert line() == planned + "-"
-    changed(copied / "overview.json", lambda found: found["planned"].update(memory=None))
-    assert line() is None
+    grew = "the process grew by 300 MiB, libraries and evaluations included"
+    assert line(process_growth=300 * 2**20, peak_memory=None) == [mebibytes, grew]
+    assert line(process_growth=None, peak_memory=2**31) == [mebibytes, "2,048 MiB in the whole run"]
+    assert line(process_growth=None) == [mebibytes, "-"]
+    assert line({"memory": None}, process_growth=300 * 2**20) == ["-", grew]
+    assert line({"memory": None}) is None
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_with_plenty_of_memory_a_long_run_is_planned_when_it_has_finished_and_fails_by_that_never(
-    tiny_directory, tmp_path, monkeypatch, fails
-):
+def test_with_plenty_of_memory_a_long_run_is_planned_when_it_has_finished(tiny_directory, tmp_path, monkeypatch):
     asked = []
 
     def plan_memory(self, *_, unless_roomy=None):
-        asked.append(unless_roomy is not None)
-        if fails and unless_roomy is None:
-            raise RuntimeError("no meta device")
+        asked.append("if it matters" if unless_roomy else "in any case")
         return None if unless_roomy else MemoryPlan(trainer=self, parts={"activations": 3 * 2**20}, budget=2**30)
 
     monkeypatch.setattr(tk.SFT, "plan_memory", plan_memory)
+    monkeypatch.setattr(run_report, "find_spec", lambda name: None)
     trainer = tk.SFT(max_steps=1, batch_size=2)
     pipeline = tk.Pipeline(model=str(tiny_directory), data=tk.InMemory(rows=ROWS), trainer=trainer, evaluators=())
-    if not fails:
-        pipeline.run(tmp_path / "short")
-        assert asked == [True]
+    pipeline.run(tmp_path / "short")
+    assert asked == ["if it matters"]
     monkeypatch.setattr(run_report, "LONG_ENOUGH", 0)
     run = pipeline.run(tmp_path / "long")
-    assert asked[-2:] == [True, False]
-    text = Page(run.report().html()).text
-    assert ("3 MiB in a training step" in text) != fails
-    assert ("the memory of a step could not be planned: RuntimeError: no meta device" in text) == fails
+    assert asked == ["if it matters", "if it matters", "in any case"]
+    assert "3 MiB in a training step" in (run.directory / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_step_that_cannot_be_planned_fails_no_run_and_is_noted(copied):
+    def fails():
+        raise RuntimeError("no meta device")
+
+    log = RunLog(directory=copied, observers=None)
+    assert run_report._planned_late(log, fails) is None
+    assert "the memory of a step could not be planned: RuntimeError: no meta device" in (copied / "log.txt").read_text()
 
 
 def rows_of(page):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from launching import ACCELERATE, difference, launch
-from parallel_runs import METHODS, STOP, Stops, check_best, make
+from parallel_runs import METHODS, STOP, Stops, check_early, make
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
@@ -53,15 +53,11 @@ def test_one_process_writes(two):
     assert not list((two / "lora").glob("*.lock"))
 
 
-def test_all_processes_stop_early_at_the_same_step(two):
+def test_all_processes_stop_early_at_the_same_step_and_end_with_the_best(two):
+    check_early(two / "early")
     run = tk.open_run(two / "early")
-    assert run.result["training"]["steps"] == 3
-    assert "perplexity is" in run.result["training"]["stopped"]
-    assert set(run.evaluations) == {"base", "prompted-1", "step-000003", "tuned"}
-
-
-def test_all_processes_end_with_the_best_evaluation(two):
-    check_best(two / "best")
+    assert "1 evaluations brought no better perplexity" in run.result["training"]["stopped"]
+    assert set(run.evaluations) == {"base", "prompted-1", "step-000001", "step-000002", "step-000003", "tuned"}
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(two):

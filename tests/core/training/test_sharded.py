@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 from launching import FSDP, difference, launch
-from parallel_runs import IN_PIECES, METHODS, SHARDED, SHORT, check_best, make, unfinished
+from parallel_runs import IN_PIECES, METHODS, SHARDED, SHORT, check_early, make, unfinished
 
 import tunekit as tk
 from tunekit.core.component import Context
@@ -58,7 +58,7 @@ def test_each_process_keeps_about_half_of_the_model(two):
 
 
 def test_all_pieces_are_those_of_the_best_evaluation(two):
-    check_best(two / "best")
+    check_early(two / "early")
 
 
 def test_one_process_takes_the_adapter_and_generates_with_it(two, tiny_directory):
