@@ -238,7 +238,7 @@ class Pipeline:
         resume: Resume,
         observers: Iterable[object],
         load: LoadBase,
-        alike: Path | None = None,
+        alike: Sequence[Path] = (),
     ) -> Run:
         """`run`, with a base from `load`: a comparison has one in memory for all its runs. `alike`: see `Measuring`."""
         self.check()
@@ -280,7 +280,7 @@ class Pipeline:
         found: Opened,
         load: LoadBase,
         trainer: Trainer,
-        alike: Path | None,
+        alike: Sequence[Path],
     ) -> Run:
         from transformers import set_seed
 

@@ -411,16 +411,20 @@ def test_baselines_are_lines_of_their_own_and_measured_once_for_each_base(tiny_d
     again = tk.compare(pipeline, METHODS, **options)
     assert asked.count("prompted") == 1, "the arm that is made again finds it where the other has it"
     assert [arm.runs[0].metrics for arm in again.arms] == [arm.runs[0].metrics for arm in found.arms]
-    methods = arms.methods(pipeline, (tk.IA3(), tk.LoHa(), tk.QLoRA(), tk.Full()), None)
+    methods = arms.methods(pipeline, (tk.IA3(), tk.LoHa(), tk.QLoRA()), None)
     budgets = dict.fromkeys((method.name for method in methods), tk.Steps(1))
-    ia3, loha, qlora, full = trials_of(methods, 0, rows_of(methods, 0), budgets, tmp_path)
-    assert measured_alike(loha, [loha, ia3], "cpu") == tmp_path / "ia3/seed-0"
-    assert measured_alike(ia3, [ia3, qlora], "cpu") is None, "nobody else has"
-    assert measured_alike(qlora, [ia3], "cpu") is None, "its base is stored otherwise"
-    wide = attrs.evolve(full, pipeline=attrs.evolve(full.pipeline, dtype="bfloat16"))
-    assert measured_alike(wide, [ia3], "cpu") is None, "its base is rounded otherwise"
-    later = attrs.evolve(loha, pipeline=attrs.evolve(loha.pipeline, seed=1))
-    assert measured_alike(later, [ia3], "cpu") is None, "its shots are others"
+    ia3, loha, qlora = trials_of(methods, 0, rows_of(methods, 0), budgets, tmp_path)
+    assert measured_alike(loha, [loha, ia3]) == (tmp_path / "ia3/seed-0",)
+    assert not measured_alike(ia3, [ia3, loha]), "nobody else has"
+    assert not measured_alike(qlora, [ia3]), "its base is stored otherwise"
+    assert not measured_alike(attrs.evolve(loha, pipeline=attrs.evolve(loha.pipeline, seed=1)), [ia3]), "other shots"
+    # In another dtype the base is another, too.
+    changed = json.loads((tmp_path / "lora-rank-2/seed-0/environment.json").read_text(encoding="utf-8"))
+    changed = json.dumps({**changed, "dtype": "bfloat16"})
+    (tmp_path / "lora-rank-2/seed-0/environment.json").write_text(changed, encoding="utf-8")
+    shutil.rmtree(tmp_path / "ia3")
+    tk.compare(pipeline, METHODS, **options)
+    assert asked.count("prompted") == 2
 
 
 # How it is shown ------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def compare(
     for trial in sorted(todo, key=lambda trial: trial.method.stored):
         logger.info("%s, seed %d", trial.method.name, trial.pipeline.seed)
         try:
-            _run(trial, observers, shared.load, measured_alike(trial, trials, device))
+            _run(trial, observers, shared.load, measured_alike(trial, trials))
         except Exception as error:  # one method's failure is a result of the comparison, not its end
             errors[trial.directory] = redacted(f"{type(error).__name__}: {error}")
         if not settle():
@@ -155,7 +155,7 @@ def _job(trial: Trial, observers: Sequence[object]) -> Job:
     return Job(pipeline=trial.pipeline, directory=trial.directory, resume=resume, observers=tuple(observers))
 
 
-def _run(trial: Trial, observers: Sequence[object], load: LoadBase, alike: Path | None) -> None:
+def _run(trial: Trial, observers: Sequence[object], load: LoadBase, alike: Sequence[Path]) -> None:
     """Make the run here. The finished run, and its model with it, is not kept."""
     job = _job(trial, observers)
     job.pipeline._run(job.directory, job.resume, job.observers, load, alike)

@@ -16,7 +16,6 @@ from tunekit.core.comparison.budget import Steps, Tokens
 from tunekit.core.data import dataset
 from tunekit.core.model import fingerprint
 from tunekit.core.model.base import Base, context_length
-from tunekit.core.model.precision import choose_precision
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.run import files
 from tunekit.errors import ConfigError, TunekitError
@@ -59,22 +58,15 @@ class Trial:
                 raise ConfigError(f"{where} holds a run with other rows than these", "compare.directory")
 
 
-def measured_alike(trial: Trial, others: Sequence[Trial], device: str) -> Path | None:
-    """The run directory of another trial that has measured the same base with the same baselines on the same rows.
-
-    None if there is none yet, or nothing of that kind is asked for. Bases are the same that are stored in the same way:
-    some methods want theirs in another dtype.
-    """
-    pipeline = trial.pipeline
-    if not pipeline.baselines:
-        return None
-    dtype = choose_precision(pipeline.dtype, device, pipeline.adapter).dtype
-    for other in others:
-        same = (other.pipeline.seed, other.method.quantizer) == (pipeline.seed, trial.method.quantizer)
-        begun = other is not trial and (other.directory / files.START).is_file()
-        if same and begun and files.dtype_of(other.directory) == dtype:
-            return other.directory
-    return None
+def measured_alike(trial: Trial, others: Sequence[Trial]) -> tuple[Path, ...]:
+    """The run directories of other trials that have measured the same base on the same rows; maybe in another dtype."""
+    return tuple(
+        other.directory
+        for other in others
+        if other is not trial
+        and (other.pipeline.seed, other.method.quantizer) == (trial.pipeline.seed, trial.method.quantizer)
+        and (other.directory / files.START).is_file()
+    )
 
 
 def rows_of(methods: Sequence[Method], seed: int) -> list[dataset.Data | None]:

@@ -17,7 +17,7 @@ from tunekit.core.evaluation.prompted import Baseline
 from tunekit.core.evaluation.statistics import LEVEL, RESAMPLES, mean_interval, paired_difference
 from tunekit.core.interfaces import Encoded, Evaluator
 from tunekit.core.outcomes import Measured
-from tunekit.core.run.files import EVALUATIONS, START, read_json, write_json
+from tunekit.core.run.files import EVALUATIONS, START, dtype_of, read_json, write_json
 from tunekit.core.training import sharded
 from tunekit.core.training.parallel import ALONE, Processes
 from tunekit.errors import ConfigError, TrainingError
@@ -89,8 +89,8 @@ class Measuring:
         context: the facts of the run.
         processes: those of the run; the first measures, so that each row counts once, and the others wait, or go
             along where the model is in pieces.
-        alike: the directory of a run that has measured the same base with the same baselines on the same rows; what it
-            found is taken from there.
+        alike: the directories of runs that have measured the same base with the same baselines on the same rows; what
+            one in this dtype has found is taken from there.
         step: optimizer steps taken.
     """
 
@@ -99,7 +99,7 @@ class Measuring:
     rows: Sequence[Encoded]
     context: Context
     processes: Processes = ALONE
-    alike: Path | None = None
+    alike: Sequence[Path] = ()
     step: int = 0
 
     def counting(self, after_step: Callable[[nn.Module, int], None]) -> Callable[[nn.Module, int], None]:
@@ -134,8 +134,9 @@ class Measuring:
         return found
 
     def _measure_prompted(self, base: nn.Module, baseline: Baseline) -> dict[str, float]:
-        if self.alike and (directory := self.context.run_directory):
-            known = read_json(self.alike / EVALUATIONS / f"{baseline.name}.json")
+        other = next((place for place in self.alike if dtype_of(place) == self.context.dtype), None)
+        if other and (directory := self.context.run_directory):
+            known = read_json(other / EVALUATIONS / f"{baseline.name}.json")
             write_json(directory / EVALUATIONS / f"{baseline.name}.json", known)
             return dict(known["metrics"])
         able = [evaluator for evaluator in self.evaluators if evaluator.reads_rows]
