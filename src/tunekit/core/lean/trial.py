@@ -32,9 +32,9 @@ def fault(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
     try:
         with lean_forwards(model) as lean:
             tensors = [tensor for one in lean for tensor in one.tensors() if tensor.requires_grad]
-            with _stirred(tensors), _training(model):
+            with stirred(tensors), _training(model):
                 found = _loss_and_gradient(loss, tensors)
-        with _stirred(tensors), _training(model):
+        with stirred(tensors), _training(model):
             expected = _loss_and_gradient(loss, tensors)
     except Exception as error:  # whatever a model of somebody else's raises, there is PEFT's forward
         return f"{type(error).__name__}: {error}"
@@ -59,7 +59,7 @@ def _loss_and_gradient(loss: Callable[[], Tensor], tensors: Sequence[Tensor]) ->
 
 
 @contextmanager
-def _stirred(tensors: Sequence[Tensor]) -> Iterator[None]:
+def stirred(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Within it, the tensors are somewhere else, always at the same place."""
     import torch
 

@@ -1,7 +1,6 @@
 """The numerics of a pipeline, tried on its own model and a few of its rows: what `Pipeline.verify` does.
 
-Two ways to one number are compared each time, and by how much they differ is the result. A line that fails raises
-nothing: the others are measured all the same.
+Two ways to one number are compared each time, by how much they differ. A line that fails stops no other.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import evaluating, pad_id, trying
 from tunekit.core.interfaces import AdapterMethod, Encoded, Quantizer, Trainer
+from tunekit.core.lean.trial import stirred
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
@@ -28,6 +28,7 @@ from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, VerifiedLine, known, line
 from tunekit.core.training import rows_loss
+from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported
 
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 
 BOUNDS = {"logits": (1e-5, 1e-2), "gradients": (1e-4, 5e-2), "merged": (1e-4, 1e-4)}
 """Relative differences that are rounding alone: of float32, and of bfloat16 and float16. Merging is in float32."""
+
+WAYS = {
+    "padding_free": ("padding_free", ""),
+    "chunked": ("chunked_loss", ""),
+    "shared": ("shared_prefix", "no rows begin alike for so long"),
+    "lean": ("lean", "none is known for its layers"),
+}
+"""Of each way to the loss: the field of a trainer that asks for it, and why a model may have no use for it."""
 
 
 @attrs.define(kw_only=True, eq=False, slots=False)
@@ -80,8 +89,10 @@ class Bench:
         logits, gradients, merged = (pair[half] for pair in BOUNDS.values())
         yield line("start == base", logits, self._start)
         yield line("accumulation 1xN == Nx1", gradients, self._accumulation)
-        yield line("padding-free == padded", gradients, partial(self._way, "padding_free", "rows without padding"))
-        yield line("chunked loss == plain loss", gradients, partial(self._way, "chunked", "logits in chunks"))
+        yield line("padding-free == padded", gradients, partial(self._way, "padding_free"))
+        yield line("chunked loss == plain loss", gradients, partial(self._way, "chunked"))
+        yield line("shared prefix == each its own", gradients, partial(self._way, "shared"))
+        yield line("lean forwards == usual ones", gradients, partial(self._way, "lean"))
         yield line("base untouched", 0, self._base_untouched)
         yield line("saved == loaded", logits, self._saved)
         yield line("merged == live", merged, self._merged)
@@ -102,18 +113,21 @@ class Bench:
         whole, split = (self._gradients_of_a_step(size) for size in (len(self.rows), 1))
         return max(_away(split[name], whole[name], whole.values()) for name in whole)
 
-    def _way(self, way: str, what: str) -> float:
-        asked = {"padding_free": "padding_free", "chunked": "chunked_loss"}[way]
+    def _way(self, way: str) -> float:
+        """The loss and its gradients the quick way and the plain one, with an adapter that is not as it started."""
+        asked, otherwise = WAYS[way]
         if not getattr(self.trainer, asked, False):
             raise NotSupported(f"{self.trainer.name} trains without {asked}")
         model, _ = self._fresh
         fill, device = pad_id(self.codec.tokenizer), self.context.device
-        free, chunked = way == "padding_free", way == "chunked"
-        chosen = rows_loss.choose(model, self.rows, fill, device, padding_free=free, chunked=chunked)
-        if chosen.notes:
-            raise NotSupported(f"the run does not use it: {chosen.notes[0]}")
+        wanted = {"padding_free": way in ("padding_free", "shared"), "chunked": way == "chunked", "lean": way == "lean"}
+        alike = sharing(self.rows) if way == "shared" else ()
+        chosen = rows_loss.choose(model, self.rows, fill, device, **wanted, sharing=alike)
+        if not getattr(chosen, way):
+            raise NotSupported(f"the run does not use it: {next(iter(chosen.notes), otherwise)}")
         plain = RowsLoss(model=model, pad_id=fill, device=device)
-        (loss, slopes), (usual, expected) = (self._loss_and_gradients(found) for found in (chosen, plain))
+        with stirred(list(trained_parameters(model).values())):
+            (loss, slopes), (usual, expected) = (self._loss_and_gradients(found) for found in (chosen, plain))
         gradients = [_away(slopes[name], expected[name], expected.values()) for name in expected]
         return max(_away(loss, usual), *gradients)
 
