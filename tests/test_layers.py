@@ -80,6 +80,7 @@ ORDER = [
     "core.evaluation.statistics",
     "core.training.attention",
     "core.training.compiled",
+    "core.training.excerpts",
     "core.training.frozen",
     "core.training.prefixes",
     "core.training.segments",

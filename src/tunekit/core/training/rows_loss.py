@@ -3,7 +3,7 @@
 The plainest pads the rows and makes logits of every token. The quicker ones lay the rows end to end without padding,
 make logits only where there is a label, a few tokens at a time, compute once what rows begin with alike, and have lean
 forwards for adapters. Whether a model can be trained so is not looked up in a list: it is tried on rows of the user's
-own.
+own, or on excerpts of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
 from tunekit.core.training import compiled
+from tunekit.core.training.excerpts import excerpts
 from tunekit.core.training.frozen import FrozenLayers
 from tunekit.core.training.prefixes import Layout
 from tunekit.core.training.segments import ATTENTION, attending, flatten
@@ -162,17 +163,14 @@ def choose(
     """
     import torch
 
-    chosen = RowsLoss(model=model, pad_id=pad_id, device=device)
+    short = excerpts(rows, model.config)
+    plainly = RowsLoss(model=model, pad_id=pad_id, device=device)
     with evaluating(model):
-        plain = float(chosen(model, rows))
-        # Together first: where nothing is wrong, as mostly, that is one forward pass and not two.
-        both = attrs.evolve(chosen, padding_free=padding_free, chunked=chunked)
-        if padding_free and chunked and not _fault(both, rows, plain):
-            chosen = both
-        if chunked and not chosen.chunked:
-            chosen = _tried(attrs.evolve(chosen, chunked=True), chosen, "logits in chunks", rows, plain)
-        if padding_free and not chosen.padding_free:
-            chosen = _tried(attrs.evolve(chosen, padding_free=True), chosen, "rows without padding", rows, plain)
+        plain = float(plainly(model, short))
+        chosen = _laid_out(plainly, short, plain, padding_free, chunked)
+        if chosen.notes and short is not rows:  # in half precision it may be rounding: whole rows settle it
+            short, plain = rows, float(plainly(model, rows))
+            chosen = _laid_out(plainly, rows, plain, padding_free, chunked)
         if sharing and chosen.padding_free:
             chosen = _sharing(chosen, sharing)
     if compiling:
@@ -180,11 +178,13 @@ def choose(
         # As in training, with gradients: what is compiled for an evaluation would have to be compiled again.
         with evaluating(model), trying(model), torch.enable_grad():
             model.train()
-            chosen = _tried(way, chosen, "compiled layers", rows, plain)
+            chosen = _tried(way, chosen, "compiled layers", short, plain)
     # Not both: the compiler takes out what PEFT's forwards waste, and would compile each lean forward by itself.
     if lean and not chosen.compiled and can_be_lean(model):
         with chosen.training():
-            reason = fault(model, partial(chosen, model, rows[:1]))
+            reason = fault(model, partial(chosen, model, short[:1]))
+            if reason and short is not rows:
+                reason = fault(model, partial(chosen, model, rows[:1]))
         note = [f"no lean forwards: {reason}"] if reason else []
         chosen = attrs.evolve(chosen, lean=not reason, notes=[*chosen.notes, *note])
     return chosen
@@ -213,6 +213,20 @@ def over_frozen(way: RowsLoss, rows: Sequence[Encoded], directory: Path) -> Rows
     size = frozen.kept.numel() * frozen.kept.element_size() / 2**20
     note = f"hidden states after {len(frozen.below)} frozen layers are kept, up to {size:,.1f} MiB in {directory}"
     return attrs.evolve(found, notes=[note])
+
+
+def _laid_out(plainly: RowsLoss, rows: Sequence[Encoded], plain: float, padding_free: bool, chunked: bool) -> RowsLoss:
+    """`plainly` without padding and with logits in chunks, as far as these are wanted and give the plain loss."""
+    # Together first: where nothing is wrong, as mostly, that is one forward pass and not two.
+    both = attrs.evolve(plainly, padding_free=padding_free, chunked=chunked)
+    if padding_free and chunked and not _fault(both, rows, plain):
+        return both
+    found = plainly
+    if chunked:
+        found = _tried(attrs.evolve(found, chunked=True), found, "logits in chunks", rows, plain)
+    if padding_free:
+        found = _tried(attrs.evolve(found, padding_free=True), found, "rows without padding", rows, plain)
+    return found
 
 
 def _tried(way: RowsLoss, other: RowsLoss, name: str, rows: Sequence[Encoded], plain: float) -> RowsLoss:

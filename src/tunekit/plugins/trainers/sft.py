@@ -51,7 +51,8 @@ class SFT(Trainer):
             best-fit decreasing; a step has its batch_size rows all the same, and its loss. One row may be longer. None
             for 4,096 with "auto", and fewer where the memory asks for it.
         padding_free: rows of a forward pass are laid end to end, each attending to itself alone, where the model gives
-            the same loss so; it is tried on rows of yours, and the log says why where it cannot be.
+            the same loss so; it is tried on your shortest and longest row (on excerpts of 32 tokens, unless the model
+            has a window or the like that more tokens go beyond), and the log says why where it cannot be.
         shared_prefix: what rows of a forward pass begin with alike, a system prompt or a document, is computed once for
             all of them where that pays (rows of the first step tell), nothing is dropped at random, and the model gives
             the same loss so; rows are without padding then. The gradient is the same.
