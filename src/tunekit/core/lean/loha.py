@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 
 from tunekit.core.lean.forward import LeanForward
 from tunekit.core.lean.frozen import Frozen
-from tunekit.core.lean.low_rank import low_rank
 from tunekit.core.lean.lycoris import drops_rows_alone, kept_rows
 
 
@@ -47,12 +46,60 @@ class LeanLoHa(LeanForward):
         scale, kept = float(self.layer.scaling[self.adapter]), kept_rows(self.layer, self.adapter, b1, scaled=True)
         if kept is not None:
             b1 = b1 * kept[:, None]
-        if not self._is_low_rank:
-            found: Tensor = _SummedWeight.apply(x, self.base.bias, b1, a1, b2, a2, self.base, scale)
-            return found
-        a = (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)  # (rank**2, in_features)
-        b = (b1[:, :, None] * b2[:, None, :]).flatten(1, 2)  # (out_features, rank**2)
-        return low_rank(x, a.to(x.dtype), b.to(x.dtype), self.base, scale, bias=self.base.bias)
+        way = _SquaredRank if self._is_low_rank else _SummedWeight
+        found: Tensor = way.apply(x, self.base.bias, b1, a1, b2, a2, self.base, scale)
+        return found
+
+
+class _SquaredRank(torch.autograd.Function):  # type: ignore[misc]
+    """y = W x + bias + scale * B A x, with A the products of a row of A1 and one of A2, and B those of B1 and B2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (..., in_features)
+        bias: Tensor | None,  # (out_features)
+        b1: Tensor,  # (out_features, rank)
+        a1: Tensor,  # (rank, in_features)
+        b2: Tensor,
+        a2: Tensor,
+        base: Frozen,
+        scale: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (tokens, in_features)
+        a = _products(a1, a2).to(x.dtype)  # (rank**2, in_features)
+        # Transposed, since products of whole rows are quick, and the scale on the smallest of it.
+        b = _products(b1.T * scale, b2.T.contiguous()).to(x.dtype)  # (rank**2, out_features)
+        inner = rows @ a.T  # (tokens, rank**2)
+        y = linear(rows, base.weight(x.dtype), bias).addmm_(inner, b)
+        ctx.save_for_backward(rows, inner, a, b, b1, a1, b2, a2)
+        ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        rows, inner, a, b, b1, a1, b2, a2 = ctx.saved_tensors
+        of_y = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out_features)
+        of_inner = of_y @ b.T  # (tokens, rank**2)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_y @ ctx.base.weight(of_y.dtype)).addmm_(of_inner, a).view(ctx.shape)
+        of_bias = of_y.sum(0) if ctx.needs_input_grad[1] else None
+        of_a1, of_a2 = _of_factors((of_inner.T @ rows).to(a1.dtype), a1, a2)
+        of_b1, of_b2 = _of_factors((inner.T @ of_y).to(b1.dtype), b1.T * ctx.scale, b2.T.contiguous())
+        return of_x, of_bias, of_b1.T * ctx.scale, of_a1, of_b2.T, of_a2, None, None
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """Each row of `first` (rank, features) times each of `second`, element by element: (rank**2, features)."""
+    return (first[:, None] * second).flatten(0, 1)
+
+
+def _of_factors(of_products: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `first` and `second` from that of their products, (rank**2, features)."""
+    each = of_products.view(len(first), len(second), -1)
+    return (each * second).sum(1), (each * first[:, None]).sum(0)
 
 
 class _SummedWeight(torch.autograd.Function):  # type: ignore[misc]
