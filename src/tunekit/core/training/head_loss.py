@@ -99,8 +99,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _loss_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy and its gradient, softmax less one at the target, in float32; one copy of the logits."""
-    scores = torch.sub(logits.float(), logits.amax(-1, keepdim=True))
+    """The summed cross-entropy and its gradient, softmax less one at the target, in float32.
+
+    Logits in float32 are gone afterwards: the gradient is where they were.
+    """
+    scores = logits.float().sub_(logits.amax(-1, keepdim=True))
     chosen = scores.gather(1, targets[:, None]).squeeze(1)
     powers = scores.exp_()
     sums = powers.sum(-1, keepdim=True)
