@@ -66,6 +66,7 @@ ORDER = [
     "core.lean.low_rank",
     "core.lean.forward",
     "core.lean.lora",
+    "core.lean.gated",
     "core.lean.adalora",
     "core.lean.ia3",
     "core.lean.lycoris",
@@ -167,7 +168,7 @@ IMPORTED_INSIDE = {
     "tunekit.core.training.head_loss",
     *(
         f"tunekit.core.lean.{name}"
-        for name in ("frozen", "low_rank", "lora", "adalora", "ia3", "lycoris", "loha", "lokr")
+        for name in ("frozen", "low_rank", "lora", "gated", "adalora", "ia3", "lycoris", "loha", "lokr")
     ),
 }
 """Modules that import heavy packages at their top, and are imported inside of functions themselves, or by each other."""

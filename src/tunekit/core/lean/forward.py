@@ -45,15 +45,17 @@ class LeanForward(ABC):
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """What PEFT's forward gives, and by that where there is more to do than this knows."""
-        import torch
-
-        layer = self.layer
-        casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
-        usual = args or options or layer.disable_adapters or layer.merged or casting
-        if usual or not self.takes(x.dtype):
-            found: Tensor = type(layer).forward(layer, x, *args, **options)
+        if args or options or not self.knows_now(x):
+            found: Tensor = type(self.layer).forward(self.layer, x, *args, **options)
             return found
         return self.compute(x)
+
+    def knows_now(self, x: Tensor) -> bool:
+        """Whether the layer does with `x`, as things are, what `compute` does."""
+        import torch
+
+        casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
+        return not (self.layer.disable_adapters or self.layer.merged or casting) and self.takes(x.dtype)
 
     def tensors(self) -> list[Tensor]:
         """The adapter's trained tensors."""

@@ -13,6 +13,8 @@ from tunekit.core.lean.forward import LeanForward
 if TYPE_CHECKING:
     from torch import nn
 
+    from tunekit.core.lean.gated import LeanGated
+
 SHARE = 0.5
 """Of the memory that is free when training starts, what dequantized weights may take."""
 
@@ -27,17 +29,25 @@ def lean_forwards(model: nn.Module) -> Iterator[list[LeanForward]]:
     found = _lean(model)
     for one in found:
         one.layer.forward = one
+    around = _gated(model) if found else []
+    for each in around:
+        each.module.forward = each
     try:
         yield found
     finally:
         for one in found:
             del one.layer.forward
+        for each in around:
+            del each.module.forward
 
 
 @contextmanager
 def usual_forwards(model: nn.Module) -> Iterator[None]:
     """Within it, inside of `lean_forwards`, the layers have PEFT's forwards again."""
-    found = [module for module in model.modules() if isinstance(vars(module).get("forward"), LeanForward)]
+    from tunekit.core.lean.gated import LeanGated
+
+    kinds = LeanForward | LeanGated
+    found = [module for module in model.modules() if isinstance(vars(module).get("forward"), kinds)]
     lean = [vars(module).pop("forward") for module in found]
     try:
         yield
@@ -71,6 +81,13 @@ def _lean(model: nn.Module) -> list[LeanForward]:
         made = [kind(layer, active[0], base) for kind in kinds[type(layer)]]
         found += [one for one in made if one.tensors() and one.knows()][:1]
     return found
+
+
+def _gated(model: nn.Module) -> list[LeanGated]:
+    """A lean forward for each gated MLP around a layer that has one."""
+    from tunekit.core.lean.gated import gated
+
+    return [one for module in model.modules() if (one := gated(module))]
 
 
 def drop_kept(model: nn.Module) -> bool:

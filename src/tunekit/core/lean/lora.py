@@ -26,23 +26,34 @@ class LeanLoRA(LeanForward):
 
     def compute(self, x: Tensor) -> Tensor:
         """See `LeanForward.compute`."""
-        a, b = self._factors(x.dtype)
-        return low_rank(x, a, b, self.base, self._scale, bias=self.base.bias, dropped=self._dropped(x))
+        a, b = self.factors(x.dtype)
+        return low_rank(x, a, b, self.base, self.scale, bias=self.base.bias, dropped=self._dropped(x))
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What the product of B and A is multiplied with."""
         return float(self.layer.scaling[self.adapter])
 
-    def _knows(self) -> bool:
-        return not self.layer.lora_bias[self.adapter] and is_plain(self.layer.lora_dropout[self.adapter])
+    @property
+    def drops(self) -> bool:
+        """Whether some of x is dropped at random, as things are."""
+        return bool(self._dropout.training) and type(self._dropout) is not nn.Identity
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @property
+    def _dropout(self) -> nn.Module:
+        found: nn.Module = self.layer.lora_dropout[self.adapter]
+        return found
+
+    def _knows(self) -> bool:
+        return not self.layer.lora_bias[self.adapter] and is_plain(self._dropout)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and B in the dtype that is multiplied in; their gradients come back in their own."""
         layer, adapter = self.layer, self.adapter
         return layer.lora_A[adapter].weight.to(dtype), layer.lora_B[adapter].weight.to(dtype)
 
     def _dropped(self, x: Tensor) -> Tensor | None:
-        return dropped(self.layer.lora_dropout[self.adapter], x, self.layer.lora_A[self.adapter].weight.dtype)
+        return dropped(self._dropout, x, self.layer.lora_A[self.adapter].weight.dtype)
 
 
 @attrs.define(eq=False)
@@ -65,11 +76,11 @@ class LeanDoRA(LeanLoRA):
 
     def compute(self, x: Tensor) -> Tensor:
         """See `LeanForward.compute`."""
-        a, b = self._factors(x.dtype)
+        a, b = self.factors(x.dtype)
         magnitude = self.layer.lora_magnitude_vector[self.adapter].weight
         factor = (magnitude / self._norms(a, b)).to(x.dtype)  # (out_features)
         bias, dropped = self.base.bias, self._dropped(x)
-        product = low_rank(x if dropped is None else dropped, a, b, self.base, self._scale, bias=None)
+        product = low_rank(x if dropped is None else dropped, a, b, self.base, self.scale, bias=None)
         if dropped is None:
             return product * factor if bias is None else torch.addcmul(bias, product, factor)
         # What is dropped for the adapter is not for the base: W x + bias - W dropped + factor * product.
@@ -85,7 +96,7 @@ class LeanDoRA(LeanLoRA):
         a, b = a.to(dtype), b.to(dtype)
         across = (across * b).sum(1)
         own = ((b @ (a @ a.T)) * b).sum(1)
-        return (self._squares + 2 * self._scale * across + self._scale**2 * own).sqrt_()
+        return (self._squares + 2 * self.scale * across + self.scale**2 * own).sqrt_()
 
 
 def is_plain(dropout: nn.Module) -> bool:
