@@ -23,8 +23,9 @@ SHARE = 0.5
 def lean_forwards(model: nn.Module) -> Iterator[list[LeanForward]]:
     """Within it, the layers of PEFT's that are known have lean forwards, which it yields; the others keep theirs.
 
-    Only the forward of these very modules is another, so that parameters, their names and files are what they were.
-    Dequantized weights are kept while half of the memory that was free at the start lasts, and are gone afterwards.
+    So has a gated MLP around a down-projection with one of LoRA's. Only the forward of these very modules is another,
+    so that parameters, their names and files are what they were. Dequantized weights are kept while half of the memory
+    that was free at the start lasts, and are gone afterwards.
     """
     found = _lean(model)
     for one in found:

@@ -45,7 +45,10 @@ class LeanGated:
 
 
 def gated(module: nn.Module) -> LeanGated | None:
-    """The lean forward of `module`; None where it is no such MLP, or its down-projection none of LoRA's."""
+    """The lean forward of `module`; None where it is no such MLP, or its down-projection none of LoRA's.
+
+    None over a quantized layer too, which has a hook: its output may need another dtype.
+    """
     if {name for name, _ in module.named_children()} != PARTS or "forward" in vars(module):
         return None
     down = vars(module.down_proj).get("forward")

@@ -60,9 +60,10 @@ class SFT(Trainer):
             them, where the model gives the same loss so.
         parallel: what several processes have of the model: "replicated", all of it in each; or "sharded", a piece each,
             for a model that does not fit (FSDP2). An accelerate configuration with FSDP 2 asks for "sharded" as well.
-        lean: layers adapted by LoRA, AdaLoRA, IA3, LoHa and LoKr compute while training what PEFT's do, with less work,
-            and weights in 4 or 8 bits are kept dequantized while half of the free memory lasts, where the model's loss
-            and gradient stay the same so; tried as well. Files and evaluations are as without.
+        lean: layers adapted by LoRA, AdaLoRA, IA3, LoHa and LoKr compute while training what PEFT's do, with less work
+            and, in a gated MLP over LoRA, fewer activations, and weights in 4 or 8 bits are kept dequantized while half
+            of the free memory lasts, where the model's loss and gradient stay the same so; tried as well. Files and
+            evaluations are as without.
         compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
             where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
             padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
