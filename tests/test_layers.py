@@ -106,6 +106,7 @@ ORDER = [
     # one run
     "core.training.parallel",
     "core.training.sharded",
+    "core.training.deepspeed",
     "core.run.checkpoint",
     "core.run.observers",
     "core.run.lock",
@@ -161,6 +162,7 @@ HEAVY = {
     "tomli_w",
     "psutil",
     "ray",
+    "deepspeed",
 }
 IMPORTED_INSIDE = {
     "tunekit.core.memory.live_bytes",
@@ -173,7 +175,7 @@ IMPORTED_INSIDE = {
 }
 """Modules that import heavy packages at their top, and are imported inside of functions themselves, or by each other."""
 LONG = 300
-READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 420}
+READ_FROM_TOP_TO_BOTTOM = {"core/pipeline.py": 421}
 """The files that may be longer than LONG, because they tell one story that a cut would scatter; and how long."""
 
 

@@ -185,6 +185,11 @@ class Trainer(Component):
         """Whether several processes keep a piece of the model each; `fit` is given one in pieces. Default: no."""
         return False
 
+    @property
+    def zero_stage(self) -> int | None:
+        """The stage of ZeRO at which `fit` hands the model over to DeepSpeed, 0 to 3. Default: None, it does not."""
+        return None
+
     @abstractmethod
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps that `fit` takes on `rows` training rows, exactly."""
@@ -194,10 +199,7 @@ class Trainer(Component):
         return None
 
     def checkpoint_bytes(self, model: nn.Module) -> int | None:
-        """Bytes of tensors in one checkpoint, for the plan to show: what is trained, and the optimizer's states.
-
-        `model` has the method attached and is on the meta device. Default: None, not known.
-        """
+        """Bytes of tensors in one checkpoint of `model`, which is on the meta device. Default: None, not known."""
         return None
 
     def checkpoints_kept(self) -> int:
@@ -215,6 +217,7 @@ class Trainer(Component):
         unless_roomy: PretrainedConfig | None = None,
     ) -> MemoryPlan | None:
         """What a step will need of memory, counted before any weights are loaded. Default: None, not known.
+        ConfigError, with what is needed by part, where the memory that the user allows does not suffice.
 
         Args:
             model: makes the model with the method attached, on the meta device; a new one each time.
@@ -223,8 +226,6 @@ class Trainer(Component):
             quantizer: how the base will be stored.
             context: the facts of the run, its device and dtype among them.
             unless_roomy: the model's configuration, where None will do if there is plenty of memory: for a run.
-
-        Raises ConfigError where the memory that the user allows does not suffice, with what is needed by part.
         """
         return None
 
@@ -294,7 +295,6 @@ INTERFACES: Mapping[str, type[Component]] = {
 
 def interface_of(kind: str) -> type[Component]:
     """The interface of a kind; raises ConfigError for a kind that is none of the five."""
-    try:
-        return INTERFACES[kind]
-    except KeyError:
-        raise ConfigError(f"{kind!r} is no kind of component; the kinds are {', '.join(INTERFACES)}") from None
+    if kind not in INTERFACES:
+        raise ConfigError(f"{kind!r} is no kind of component; the kinds are {', '.join(INTERFACES)}")
+    return INTERFACES[kind]

@@ -41,7 +41,7 @@ from tunekit.core.run.resume import Facts, Opened, Resume, opened
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, shortened, some_rows
 from tunekit.core.run.verify import Bench
-from tunekit.core.training import sharded
+from tunekit.core.training import deepspeed, sharded
 from tunekit.core.training.parallel import join
 from tunekit.errors import ConfigError
 
@@ -135,6 +135,7 @@ class Pipeline:
             )
         added_tokens.check_method(self.added_tokens, self.adapter)
         sharded.check(self.trainer, self.adapter, self._quantizer)
+        deepspeed.check(self.trainer, self.adapter, self._quantizer)
         check_names(self.evaluators)
         for component in self._components:
             check_requirements(component)

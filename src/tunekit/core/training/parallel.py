@@ -37,8 +37,9 @@ FSDP_REFUSED = {
     "FSDP_AUTO_WRAP_POLICY": ("size_based_wrap", "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
 }
 """Settings of that configuration with the value, in lower case, that is not followed, and what to set instead."""
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+"""What it sets for a configuration that hands the model over to DeepSpeed."""
 SHARDING = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
@@ -176,6 +177,16 @@ def asks_for_pieces() -> bool:
     return _is_set(FSDP)
 
 
+def asks_for_deepspeed() -> bool:
+    """Whether the launcher was told to hand the model over to DeepSpeed."""
+    return _is_set(DEEPSPEED)
+
+
+def launched() -> int:
+    """How many processes a launcher has started for the run; 1 where none has."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
 def check_launch(trainer: Trainer) -> None:
     """Raise NotSupported for a launch by which the model would be trained wrong, or not at all."""
     for variable, what in SHARDING.items():
@@ -186,6 +197,16 @@ def check_launch(trainer: Trainer) -> None:
                 "fsdp_version: 2 leaves a piece of it to each process, as ZeRO-3 does, and QLoRA needs a quarter of "
                 "the memory"
             )
+    if asks_for_deepspeed() and trainer.zero_stage is None:
+        raise NotSupported(
+            f"the trainer {trainer.name!r} cannot hand the model over to DeepSpeed ({DEEPSPEED}); tk.Transformers can. "
+            "Or launch without it: SFT(parallel='sharded') leaves a piece of the model to each process, as ZeRO-3 does"
+        )
+    if trainer.zero_stage is not None and "LOCAL_RANK" not in os.environ:
+        raise NotSupported(
+            "DeepSpeed trains in processes that a launcher has started, be it one: torchrun --nproc_per_node=1, or "
+            "accelerate launch"
+        )
     if not asks_for_pieces():
         return
     if not trainer.sharded:
@@ -204,7 +225,7 @@ def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
         ConfigError: one GPU for all was asked for, or there are more processes than GPUs on this machine.
     """
     check_launch(trainer)
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "LOCAL_RANK" not in os.environ:
+    if launched() <= 1:
         return ALONE, device
     if not trainer.several_processes:
         raise NotSupported(f"the trainer {trainer.name!r} cannot share a run among processes; start one, or use SFT")

@@ -1,0 +1,72 @@
+"""DeepSpeed around one training: accelerate told of it, and a whole model given back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tunekit.core.training.parallel import DEEPSPEED, PATIENCE
+from tunekit.errors import NotSupported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextmanager
+def told(device: str) -> Iterator[None]:
+    """Within it, what accelerate and transformers make is for DeepSpeed; afterwards they know nothing of it.
+
+    Accelerate's own start of DeepSpeed takes processes without GPUs for one process: they would all train on the same
+    rows. So its state is made here, with the way by which they speak, and `TrainingArguments` is to take it.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    if device == "cpu" and torch.cuda.is_available():
+        raise NotSupported("DeepSpeed would train on the GPUs of this machine, not on its CPU; leave the device open")
+    before = os.environ.get(DEEPSPEED)
+    os.environ[DEEPSPEED] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        PartialState(backend="gloo" if device == "cpu" else None, timeout=PATIENCE)
+        yield
+    finally:
+        if before is None:
+            del os.environ[DEEPSPEED]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()  # with it, every model that is loaded later would be cut
+
+
+def share_of(model: nn.Module) -> str:
+    """How much of a model that ZeRO 3 has cut this process keeps, in words; of any other all."""
+    there = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    # Its piece, and what is whole besides: small parameters stay so. Of one that is not, nothing is left but the piece.
+    pieces = sum(parameter.ds_tensor.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor"))
+    kept = pieces + sum(parameter.numel() for parameter in model.parameters())
+    return f"this process kept {kept:,} of the model's {there:,} numbers"
+
+
+def take_back(engine: Any, model: nn.Module) -> None:
+    """Leave `model` as it was before DeepSpeed had it, but trained: whole in every process, and nobody's hooks on it.
+
+    All processes call it, after the last step.
+    """
+    import torch
+    from deepspeed.runtime.zero import GatheredParameters
+
+    engine.destroy()
+    whole: dict[int, nn.Parameter] = {}  # a tied one is one
+    for module in model.modules():
+        found = {}
+        for name, parameter in module._parameters.items():
+            if hasattr(parameter, "ds_id") and id(parameter) not in whole:
+                with GatheredParameters([parameter]):
+                    value = parameter.detach().clone()
+                whole[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            found[name] = whole.get(id(parameter), parameter)
+        # A plain table again: ZeRO 3 puts one in its place that fetches what is asked for.
+        module._parameters = found
+        module.__dict__.pop("_original_parameters", None)
