@@ -13,6 +13,7 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", 
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")  # fmt: skip
 FSDP = (*(part for part in ACCELERATE if part != "--multi_gpu"), "--use_fsdp", "--fsdp_version=2",
         "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type=FULL_STATE_DICT")  # fmt: skip
+DEEPSPEED = (*(part for part in ACCELERATE if part != "--multi_gpu"), "--use_deepspeed", "--zero_stage=2")
 
 
 def launch(*arguments, launcher=TORCHRUN):

@@ -1,4 +1,4 @@
-"""The runs of test_parallel.py and test_sharded.py: a user's script, started as one process or by a launcher as several."""
+"""The runs of test_parallel.py, test_sharded.py and test_deepspeed.py: a user's script, started as one process or by a launcher as several."""
 
 import os
 import shutil
@@ -43,6 +43,16 @@ SHARDED = {"lora": METHODS["lora"], "full": METHODS["full"], "qlora": tk.QLoRA(r
 DROPOUT = tk.LoRA(rank=2, dropout=0.5)
 EARLY = attrs.evolve(TRAINER, learning_rate=0.5, evaluate_every=1, patience=1, restore_best=True)
 """Its second evaluation is the best by far, and it stops at the third."""
+EVEN = ROWS[:8]
+"""Shared out evenly: `transformers.Trainer` takes rows twice where a process would go without."""
+CONFIGURATION = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""Every parameter in pieces, however small."""
 STOP = 4
 """The step at which a run is asked to stop."""
 
@@ -56,13 +66,20 @@ class Stops:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def make(model, adapter, trainer=TRAINER):
+def theirs(processes=1, **arguments):
+    """`transformers.Trainer`, four rows a step over all processes."""
+    rows = 4 // processes
+    common = {"num_train_epochs": 2, "learning_rate": 0.01, "max_grad_norm": 0.5, "per_device_train_batch_size": rows}
+    return tk.Transformers(arguments=common | arguments)
+
+
+def make(model, adapter, trainer=TRAINER, rows=ROWS):
     if adapter in (METHODS["full"], METHODS["last-layers"]):
         # At 0.01, six steps of Adam make 2e-6 of the rounding where a gradient is next to nothing.
         trainer = attrs.evolve(trainer, learning_rate=1e-3)
     return tk.Pipeline(
         model=str(model),
-        data=tk.InMemory(rows=ROWS),
+        data=tk.InMemory(rows=rows),
         validation=tk.InMemory(rows=[{"prompt": f"say {n}", "completion": "b" * (n + 1)} for n in range(3)]),
         adapter=adapter,
         trainer=trainer,
@@ -104,6 +121,8 @@ def main(what, model, directory):
                 make(model, adapter).run(directory / "stopped" / name, observers=[Stops()])
             except SystemExit as error:
                 (directory / f"{name}-left-{os.environ['RANK']}").write_text(str(error.code))
+        make(model, METHODS["lora"], theirs(2), EVEN).run(directory / "theirs")
+        make(model, METHODS["lora"], theirs(2, gradient_accumulation_steps=2)).run(directory / "theirs-uneven")
     elif what == "resume":
         make(model, DROPOUT).run(directory / "dropout", resume=True)
         make(model, METHODS["adalora"]).run(directory / "adalora", resume=True)
@@ -117,6 +136,19 @@ def main(what, model, directory):
         make(model, DROPOUT, IN_PIECES).run(directory / "dropout")
         parallel.started().first(lambda: unfinished(directory / "dropout", directory / "resumed"))
         make(model, DROPOUT, IN_PIECES).run(directory / "resumed", resume=True)
+    elif what == "deepspeed":
+        # By the launcher's configuration, by one of the arguments, and without.
+        make(model, METHODS["lora"], theirs(2), EVEN).run(directory / "launched")
+        try:
+            make(model, METHODS["lora"]).run(directory / "sft")
+        except tk.NotSupported as error:
+            (directory / f"refused-{os.environ['RANK']}").write_text(str(error))
+        del os.environ[parallel.DEEPSPEED]
+        for name in ("lora", "loha"):
+            run = make(model, METHODS[name], theirs(2, deepspeed=CONFIGURATION), EVEN).run(directory / name)
+            assert run.generate("repeat 1", max_new_tokens=3) is not None
+        make(model, METHODS["lora"], theirs(2), EVEN).run(directory / "without")
+        make(model, METHODS["loha"], theirs(2), EVEN).run(directory / "loha-without")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import attrs
 import pytest
 import torch
 from launching import ACCELERATE, difference, launch
-from parallel_runs import METHODS, STOP, Stops, check_early, make
+from parallel_runs import EVEN, METHODS, ROWS, STOP, Stops, check_early, make, theirs
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
@@ -40,6 +41,23 @@ def test_two_processes_end_with_the_parameters_of_one(method, two, tiny_director
     mine, its = (json.loads((place / "result.json").read_text()) for place in (two / method, tmp_path / "one"))
     assert mine["metrics"] == pytest.approx(its["metrics"], rel=1e-5)
     assert mine["rows"] == its["rows"]
+
+
+def test_the_trainer_of_transformers_ends_with_the_parameters_of_one_process_too(two, tiny_directory, tmp_path):
+    make(tiny_directory, METHODS["lora"], theirs(), EVEN).run(tmp_path / "one")
+    assert difference(two / "theirs", tmp_path / "one") < 1e-6
+    for here, there in zip(files.history(two / "theirs"), files.history(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-4)  # one line a step, of the whole step's loss and gradient
+    mine, its = (json.loads((place / "result.json").read_text()) for place in (two / "theirs", tmp_path / "one"))
+    assert mine["metrics"] == pytest.approx(its["metrics"], rel=1e-5)
+
+
+def test_the_trainer_of_transformers_takes_the_steps_that_it_plans_for_two_processes(two, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    planned = theirs(2, gradient_accumulation_steps=2).planned_steps(len(ROWS))
+    # Five batches of two rows are three for each process, and so two steps an epoch.
+    assert planned == json.loads((two / "theirs-uneven" / "result.json").read_text())["training"]["steps"] == 4
 
 
 def test_a_directory_that_is_taken_is_refused_on_every_process(two):
@@ -105,8 +123,14 @@ def test_a_launch_that_cuts_the_model_into_pieces_is_refused(variable, monkeypat
 def test_a_trainer_of_one_process_is_refused_for_several(monkeypatch, tiny_directory, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(tk.NotSupported, match="transformers"):
-        make(tiny_directory, METHODS["lora"], tk.Transformers()).run(tmp_path / "run")
+
+    @attrs.frozen(kw_only=True)
+    class Alone(tk.SFT):
+        name = "alone"
+        several_processes = False
+
+    with pytest.raises(tk.NotSupported, match="start one"):
+        make(tiny_directory, METHODS["lora"], Alone()).run(tmp_path / "run")
 
 
 def test_a_comparison_by_several_processes_is_refused(monkeypatch, tiny_directory, tmp_path):
