@@ -147,6 +147,10 @@ def main(what, model, directory):
         for name in ("lora", "loha"):
             run = make(model, METHODS[name], theirs(2, deepspeed=CONFIGURATION), EVEN).run(directory / name)
             assert run.generate("repeat 1", max_new_tokens=3) is not None
+            for module in run._model(tuned=True).model.modules():  # nothing of DeepSpeed is left on it
+                assert type(module._parameters) is dict
+                assert not module._forward_hooks
+                assert not module._forward_pre_hooks
         make(model, METHODS["lora"], theirs(2), EVEN).run(directory / "without")
         make(model, METHODS["loha"], theirs(2), EVEN).run(directory / "loha-without")
 

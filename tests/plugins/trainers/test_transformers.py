@@ -81,6 +81,10 @@ def test_the_planned_steps_are_those_taken_each_with_its_slot(tmp_path, argument
     assert [line["step"] for line in lines] == [step for step, _ in seen]
 
 
+def test_steps_are_planned_for_mixed_precision_on_the_cpu_too():
+    assert Transformers(arguments={"bf16": True, "max_steps": 2}).planned_steps(7) == 2
+
+
 def test_callbacks_of_the_user_are_called(tmp_path):
     from transformers import TrainerCallback
 

@@ -54,19 +54,21 @@ def take_back(engine: Any, model: nn.Module) -> None:
 
     All processes call it, after the last step.
     """
-    import torch
     from deepspeed.runtime.zero import GatheredParameters
 
     engine.destroy()
-    whole: dict[int, nn.Parameter] = {}  # a tied one is one
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        hook.remove()  # `destroy` leaves them, and with them all of the engine in memory
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            with GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+            for name, value in list(vars(parameter).items()):
+                if name.startswith("ds_") or str(getattr(value, "__module__", "")).startswith("deepspeed."):
+                    delattr(parameter, name)
+            parameter.data = whole
     for module in model.modules():
-        found = {}
-        for name, parameter in module._parameters.items():
-            if hasattr(parameter, "ds_id") and id(parameter) not in whole:
-                with GatheredParameters([parameter]):
-                    value = parameter.detach().clone()
-                whole[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-            found[name] = whole.get(id(parameter), parameter)
         # A plain table again: ZeRO 3 puts one in its place that fetches what is asked for.
-        module._parameters = found
-        module.__dict__.pop("_original_parameters", None)
+        module._parameters = dict(module._parameters)
+        for name in [name for name in vars(module) if name.startswith("ds_") or name == "_original_parameters"]:
+            delattr(module, name)

@@ -143,11 +143,12 @@ class Transformers(Trainer):
         return TrainResult(steps=outcome.global_step, metrics={"loss": outcome.training_loss})
 
     def _arguments(self, output: str, context: Context | None) -> TrainingArguments:
+        import torch
         from transformers import TrainingArguments
 
         self._check_names()
         defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1}
-        ours: dict[str, Any] = {"output_dir": output}
+        ours: dict[str, Any] = {"output_dir": output, "use_cpu": not torch.cuda.is_available()}
         if context:
             on_cpu = context.device == "cpu"
             defaults |= {"learning_rate": self.peak_learning_rate(context), "dataloader_pin_memory": not on_cpu}
