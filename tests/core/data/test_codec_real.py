@@ -1,6 +1,7 @@
 """Real data under real templates: what carries loss decodes to exactly what the assistant says, and its end."""
 
 import csv
+import functools
 import gzip
 import json
 import random
@@ -111,10 +112,15 @@ def usable(talk):
     return talk if in_turn and all(content.strip() for _, content in talk) else None
 
 
+@functools.cache
+def good_ones(data):
+    """The usable conversations of every data set, which are read once."""
+    return [(name, [talk for talk in map(usable, talks) if talk]) for name, talks in conversations(data)]
+
+
 def sample(data, count=100):
     """Random rows of every data set, or all of a smaller one."""
-    for name, talks in conversations(data):
-        good = [talk for talk in map(usable, talks) if talk]
+    for name, good in good_ones(data):
         assert good, name
         for talk in random.Random(name).sample(good, min(count, len(good))):
             yield name, [{"role": role, "content": content} for role, content in talk]
