@@ -190,28 +190,6 @@ def test_too_little_memory_is_an_error_before_weights_are_loaded(tiny_directory,
 
 
 def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp_path):
-    tiny_model(hidden_size=128, intermediate_size=512).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    free = pipeline(tmp_path / "base").plan().memory
-    weights = free["frozen weights"]
-
-    less = pipeline(tmp_path / "base", memory=0.8 * sum(free.values()) / GIB).plan()
-    assert less.choices["why"]  # layers are computed again, and that suffices
-    assert less.precision.startswith("float32: ")
-    tight = pipeline(tmp_path / "base", memory=1.25 * weights / GIB)
-    plan = tight.plan()
-    assert plan.precision == "bfloat16: float32 does not fit into the memory allowed"
-    assert plan.memory["frozen weights"] == pytest.approx(weights / 2, rel=0.01)
-    assert sum(plan.memory.values()) < 1.25 * weights
-    run = tight.run(tmp_path / "run")
-    assert json.loads((run.directory / "environment.json").read_text())["dtype"] == "bfloat16"
-    assert f"memory: precision: {plan.precision.replace(': ', ', since ')}" in (run.directory / "log.txt").read_text()
-    for asked in ({"dtype": "float32"}, {"adapter": tk.Full()}):
-        with pytest.raises(tk.ConfigError, match="do not suffice"):
-            attrs.evolve(tight, **asked).plan()
-
-
-def test_a_run_in_fewer_bits_is_resumed_in_as_many(tmp_path):
     class Stops:
         @tk.hookimpl
         def tunekit_saved(self):
@@ -219,8 +197,26 @@ def test_a_run_in_fewer_bits_is_resumed_in_as_many(tmp_path):
 
     tiny_model(hidden_size=128, intermediate_size=512).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    weights = pipeline(tmp_path / "base").plan().memory["frozen weights"]
-    tight = pipeline(tmp_path / "base", memory=1.25 * weights / GIB, save_every=1)
+    free = pipeline(tmp_path / "base").plan().memory
+    weights, need = free["frozen weights"], sum(free.values())
+    less = pipeline(tmp_path / "base", memory=0.8 * need / GIB).plan()
+    assert less.choices["why"]  # layers are computed again, and that suffices
+    assert less.precision.startswith("float32: ")
+
+    settled = {"micro_batch_size": 2, "gradient_checkpointing": False, "save_every": 1}
+    need = sum(pipeline(tmp_path / "base", **settled).plan().memory.values())
+    tight = pipeline(tmp_path / "base", memory=(need - weights / 4) / GIB, **settled)
+    plan = tight.plan()
+    assert plan.precision == "bfloat16: float32 does not fit into the memory allowed"
+    assert plan.memory["frozen weights"] == pytest.approx(weights / 2, rel=0.01)
+    assert sum(plan.memory.values()) < need - weights / 4
+    run = tight.run(tmp_path / "run")
+    assert json.loads((run.directory / "environment.json").read_text())["dtype"] == "bfloat16"
+    assert f"memory: precision: {plan.precision.replace(': ', ', since ')}" in (run.directory / "log.txt").read_text()
+    for asked in ({"dtype": "float32"}, {"adapter": tk.Full()}):
+        with pytest.raises(tk.ConfigError, match="do not suffice"):
+            attrs.evolve(tight, **asked).plan()
+
     with pytest.raises(KeyboardInterrupt):
-        tight.run(tmp_path / "run", observers=[Stops()])
-    assert tight.run(tmp_path / "run", resume=True).history == tight.run(tmp_path / "whole").history
+        tight.run(tmp_path / "stopped", observers=[Stops()])
+    assert tight.run(tmp_path / "stopped", resume=True).history == run.history, "resumed in as few bits"
