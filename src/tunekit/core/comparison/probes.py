@@ -16,7 +16,7 @@ from tunekit.core.comparison.budget import Minutes, Tokens
 from tunekit.core.model.base import LoadBase
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.run import files
-from tunekit.core.run.gauge import MEASURED
+from tunekit.core.run.gauge import measured
 
 PROBES = "probes.json"
 STEPS = 9
@@ -77,7 +77,7 @@ def _speed(pipeline: Pipeline, directory: Path, load: LoadBase) -> float:
     with TemporaryDirectory(dir=directory, prefix=".probe-", ignore_cleanup_errors=True) as place:
         probe = attrs.evolve(pipeline, trainer=trainer, evaluators=(), baselines=())
         probe._run(Path(place) / "run", False, (), load)
-        return float(files.read_json(Path(place) / "run" / MEASURED)["tokens_per_second"])
+        return float(measured(Path(place) / "run")["tokens_per_second"])
 
 
 def _digest(pipeline: Pipeline) -> str:
