@@ -8,10 +8,11 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from tunekit.core.lean.frozen import Frozen
 from tunekit.core.lean.lora import LeanLoRA
+from tunekit.core.lean.low_rank import multiplied
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """What such a module consists of in Llama and its kin: down(silu(gate x) * up x) (SwiGLU, arXiv 2002.05202)."""
@@ -72,8 +73,7 @@ class _GatedLowRank(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
     ) -> Tensor:
         product = silu(gate).mul_(up).reshape(-1, gate.shape[-1])  # (tokens, in_features)
-        inner = product @ a.T  # (tokens, rank)
-        y = linear(product, base.weight(gate.dtype), bias).addmm_(inner, b.T, alpha=scale)
+        y, inner = multiplied(product, product, a, b, base, scale, bias)
         ctx.save_for_backward(gate, up, inner, a, b)
         ctx.base, ctx.scale = base, scale
         return y.view(*gate.shape[:-1], -1)

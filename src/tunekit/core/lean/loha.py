@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from tunekit.core.lean.forward import LeanForward
 from tunekit.core.lean.frozen import Frozen
+from tunekit.core.lean.low_rank import multiplied
 from tunekit.core.lean.lycoris import drops_rows_alone, kept_rows
 
 
@@ -70,8 +71,7 @@ class _SquaredRank(torch.autograd.Function):  # type: ignore[misc]
         a = _products(a1, a2).to(x.dtype)  # (rank**2, in_features)
         # Transposed, since products of whole rows are quick, and the scale on the smallest of it.
         b = _products(b1.T * scale, b2.T.contiguous()).to(x.dtype)  # (rank**2, out_features)
-        inner = rows @ a.T  # (tokens, rank**2)
-        y = linear(rows, base.weight(x.dtype), bias).addmm_(inner, b)
+        y, inner = multiplied(rows, rows, a, b.T, base, 1.0, bias)
         ctx.save_for_backward(rows, inner, a, b, b1, a1, b2, a2)
         ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
         return y.view(*x.shape[:-1], -1)

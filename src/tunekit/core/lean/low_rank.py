@@ -33,6 +33,17 @@ def low_rank(
     return found
 
 
+def multiplied(
+    rows: Tensor, source: Tensor, a: Tensor, b: Tensor, base: Frozen, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """W rows + bias + scale * B A source, (tokens, out_features), and A source, (tokens, rank); keeps no graph.
+
+    `rows` and `source` are (tokens, in_features), and one and the same where nothing is dropped.
+    """
+    inner = source @ a.T
+    return linear(rows, base.weight(rows.dtype), bias).addmm_(inner, b.T, alpha=scale), inner
+
+
 class _LowRank(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
@@ -46,8 +57,7 @@ class _LowRank(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
     ) -> Tensor:
         source = (x if dropped is None else dropped).reshape(-1, x.shape[-1])  # (tokens, in_features)
-        inner = source @ a.T  # (tokens, rank)
-        y = linear(x.reshape(-1, x.shape[-1]), base.weight(x.dtype), bias).addmm_(inner, b.T, alpha=scale)
+        y, inner = multiplied(x.reshape(-1, x.shape[-1]), source, a, b, base, scale, bias)
         ctx.save_for_backward(source, inner, a, b)
         ctx.base, ctx.scale, ctx.shape, ctx.drops = base, scale, x.shape, dropped is not None
         return y.view(*x.shape[:-1], -1)
