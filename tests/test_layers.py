@@ -18,6 +18,7 @@ ORDER = [
     "core.common.table",
     "core.common.writing",
     "core.common.free_memory",
+    "core.common.random_states",
     "core.fields",
     "core.common.secrets",
     "core.common.intervals",

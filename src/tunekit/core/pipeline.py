@@ -13,6 +13,7 @@ import attrs
 
 from tunekit.core import recipe
 from tunekit.core.common import secrets
+from tunekit.core.common.random_states import seed_everything
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.data import dataset
 from tunekit.core.data.codec import Codec
@@ -283,8 +284,6 @@ class Pipeline:
         trainer: Trainer,
         alike: Sequence[Path],
     ) -> Run:
-        from transformers import set_seed
-
         began = time.monotonic()
         prompted = [] if log.resumed else self._baselines(codec, data)
         pieces = sharded.Pieces(trainer=self.trainer, context=context, processes=log.processes)
@@ -295,7 +294,7 @@ class Pipeline:
             found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))
             base = pieces.load(give) if pieces.wanted else base  # nothing can be attached to pieces
 
-        set_seed(self.seed)
+        seed_everything(self.seed)
         model = self.adapter.attach(base, context)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common.random_states import seed_everything
 from tunekit.core.interfaces import Trainer
 from tunekit.core.outcomes import TrainResult
 from tunekit.core.run import files
@@ -61,8 +62,6 @@ def fit(
     probe: nn.Parameter | None = None,
 ) -> Fitted:
     """Train the last layer of the tiny model on all rows, from the same seed each time, and note what happens."""
-    from transformers import set_seed
-
     model, rows = harness.model(), harness.encoded(trainer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in trained_names(model)
@@ -82,7 +81,7 @@ def fit(
         fitted.seen.extend(inputs[0].tolist())
 
     hook = model.get_input_embeddings().register_forward_hook(look)
-    set_seed(0)
+    seed_everything(0)
     with run_log() as run:
         fitted.result = trainer.fit(
             model,

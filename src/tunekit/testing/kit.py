@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 from unittest import SkipTest
 
 import attrs
 
+from tunekit.core.common.random_states import random_states_kept, seed_everything
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
 from tunekit.core.interfaces import Example
@@ -70,7 +70,8 @@ class Check:
         missing = [name for name in component.requires if importlib.util.find_spec(name) is None]
         if missing:
             raise SkipTest(f"{', '.join(missing)} is not installed")
-        with _random_states_kept():
+        with random_states_kept():  # checks neither see nor move the caller's
+            seed_everything(0)
             self.function(component, self.harness)
 
 
@@ -181,18 +182,3 @@ def _check_names(expected: Mapping[str, str], cases: Sequence[Check]) -> None:
     for name in expected:
         if name not in known:
             raise ConfigError(f"no check is named {name!r}{did_you_mean(name, known)}", "expected_failures")
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """A fixed seed inside, and the random states of before afterwards: checks neither see nor move the caller's."""
-    from transformers import set_seed
-
-    from tunekit.core.run.checkpoint import random_states, set_random_states
-
-    before = random_states()
-    set_seed(0)
-    try:
-        yield
-    finally:
-        set_random_states(before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tunekit import ConfigError, TrainingError
+from tunekit.core.common.random_states import random_states, set_random_states
 from tunekit.core.registry import default_registry
 from tunekit.core.run import checkpoint
 from tunekit.core.run.observers import Observers
@@ -126,8 +127,8 @@ def test_every_random_state_is_restored_through_a_file(tmp_path):
     def draw():
         return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(3).tolist()
 
-    checkpoint.write(tmp_path, 1, checkpoint.trained_parameters(tiny_model()), {"random": checkpoint.random_states()})
+    checkpoint.write(tmp_path, 1, checkpoint.trained_parameters(tiny_model()), {"random": random_states()})
     first = draw()
     assert draw() != first
-    checkpoint.set_random_states(checkpoint.newest(tmp_path).state["random"])
+    set_random_states(checkpoint.newest(tmp_path).state["random"])
     assert draw() == first

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tunekit as tk
-from tunekit.core.run.checkpoint import random_states
+from tunekit.core.common.random_states import random_states
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 CONTEXT = tk.Context(model_id="tiny", device="cpu", seed=2)

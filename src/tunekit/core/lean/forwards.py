@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def can_be_lean(model: nn.Module) -> bool:
 
 def _lean(model: nn.Module) -> list[LeanForward]:
     """A lean forward for each layer of `model` that does what one of them does, and nothing else."""
+    if "peft" not in sys.modules:  # no layer can be of PEFT's, whose import takes seconds
+        return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

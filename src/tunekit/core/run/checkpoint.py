@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,33 +203,6 @@ def clear_scratch(directory: Path) -> None:
     """Delete what a process left that died while it wrote a checkpoint; under the lock of the run only."""
     for scratch in directory.glob(".step-*"):
         shutil.rmtree(scratch)
-
-
-def random_states() -> dict[str, Any]:
-    """The state of every random number generator that training may draw from."""
-    import numpy as np
-    import torch
-
-    numbers = np.random.get_state(legacy=False)
-    return {
-        "python": list(random.getstate()),
-        "numpy": {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` returned."""
-    import numpy as np
-    import torch
-
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def sha256(file: Path) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common.random_states import random_states, seed_everything, set_random_states
 from tunekit.core.common.secrets import redacted
 from tunekit.core.common.writing import naming
 from tunekit.core.run import checkpoint, files
@@ -114,17 +115,15 @@ class RunLog:
         The first process goes on with the states that it has. Each other draws numbers of its own, or all drop the
         same; with other processes than before the resume, they begin anew from the seed, the step and their rank.
         """
-        from transformers import set_seed
-
         rank, states = self.processes.rank, []
         if self.resumed:
             states = [self.resumed.state["random"], *self.resumed.state.get("random_of_others", [])]
             if len(states) != self.processes.count:
                 self.note(f"resumed on {self.processes.count} processes, {len(states)} before: dropout differs")
         if rank < len(states) and (rank == 0 or len(states) == self.processes.count):
-            checkpoint.set_random_states(states[rank])
+            set_random_states(states[rank])
         elif rank:
-            set_seed((seed + 7919 * rank + 104729 * (self.resumed.step if self.resumed else 0)) % 2**32)
+            seed_everything((seed + 7919 * rank + 104729 * (self.resumed.step if self.resumed else 0)) % 2**32)
 
     def save(
         self,
@@ -151,7 +150,7 @@ class RunLog:
                 the processes of the run do not have the same parameters.
         """
         self.processes.check_same("what is trained", checkpoint.checksums(model) if self.processes.count > 1 else None)
-        random, *others = self.processes.gather(checkpoint.random_states())
+        random, *others = self.processes.gather(random_states())
         state = {
             "trainer": sharded.put_together(trainer_state, self.processes.is_first),
             "method": dict(self.method_state()),

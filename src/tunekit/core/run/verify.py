@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common.random_states import random_states_kept, seed_everything
 from tunekit.core.component import Context
 from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import Codec
@@ -75,14 +76,10 @@ class Bench:
 
     def verification(self) -> Verification:
         """Every line; random states are afterwards as they were, and nothing is left on the disk."""
-        states = checkpoint.random_states()
-        try:
-            with tempfile.TemporaryDirectory(prefix="tunekit-verify-") as place:
-                self.place = Path(place)
-                _ = self._fresh  # what keeps a run from starting is raised here, too
-                return Verification(lines=tuple(self._lines()))
-        finally:
-            checkpoint.set_random_states(states)
+        with random_states_kept(), tempfile.TemporaryDirectory(prefix="tunekit-verify-") as place:
+            self.place = Path(place)
+            _ = self._fresh  # what keeps a run from starting is raised here, too
+            return Verification(lines=tuple(self._lines()))
 
     def _lines(self) -> Iterator[VerifiedLine]:
         half = self.context.dtype != "float32"
@@ -157,7 +154,7 @@ class Bench:
         model = self._attached(self.load())
         stored.load_parameters(model)
         self.adapter.load_train_state(model, stored.state["method"])
-        self._seed(1)  # what it draws from is the checkpoint's
+        seed_everything(self.context.seed + 1)  # what it draws from is the checkpoint's
         self._fit(model, self.place / "resumed", resumed=stored)
         ended: Mapping[str, Tensor] = self._trained["parameters"]
         return max(_away(value, ended[name], absolute=True) for name, value in trained_parameters(model).items())
@@ -172,13 +169,8 @@ class Bench:
         return self._attached(base), base_logits
 
     def _attached(self, base: PreTrainedModel) -> nn.Module:
-        self._seed(0)
+        seed_everything(self.context.seed)
         return self.adapter.attach(base, self.context)
-
-    def _seed(self, more: int) -> None:
-        from transformers import set_seed
-
-        set_seed(self.context.seed + more)
 
     def _logits(self, model: nn.Module) -> Tensor:
         """What it predicts for the rows, (rows, time, vocabulary) in float32, padding set to zero."""

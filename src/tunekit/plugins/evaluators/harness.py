@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from tunekit.core.common.random_states import random_states_kept
 from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.fields import as_text, at_least, did_you_mean
 from tunekit.core.interfaces import Encoded, Evaluator
 from tunekit.core.outcomes import Measured
-from tunekit.core.run.checkpoint import random_states, set_random_states
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,24 +84,20 @@ class Harness(Evaluator):
 
         asking = copy.copy(tokenizer)
         asking.chat_template = Codec(tokenizer, context.template).template
-        states = random_states()
-        try:
-            with evaluating(model):
-                found = simple_evaluate(
-                    HFLM(pretrained=model, tokenizer=asking, batch_size=AT_ONCE),
-                    tasks=self.tasks,
-                    num_fewshot=self.shots,
-                    limit=self.max_rows,
-                    apply_chat_template=self.chat,
-                    task_manager=TaskManager(include_path=self.task_directory),
-                    bootstrap_iters=0,
-                    random_seed=context.seed,
-                    numpy_random_seed=context.seed,
-                    torch_random_seed=context.seed,
-                    fewshot_random_seed=context.seed,
-                )
-        finally:
-            set_random_states(states)
+        with random_states_kept(), evaluating(model):
+            found = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=asking, batch_size=AT_ONCE),
+                tasks=self.tasks,
+                num_fewshot=self.shots,
+                limit=self.max_rows,
+                apply_chat_template=self.chat,
+                task_manager=TaskManager(include_path=self.task_directory),
+                bootstrap_iters=0,
+                random_seed=context.seed,
+                numpy_random_seed=context.seed,
+                torch_random_seed=context.seed,
+                fewshot_random_seed=context.seed,
+            )
         figures = dict(_figures(found["results"]))
         for name in self.metrics:
             if name not in figures:

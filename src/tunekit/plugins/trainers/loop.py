@@ -27,6 +27,7 @@ from tunekit.errors import NotSupported, TrainingError
 from tunekit.plugins.trainers import micro_batches, optimization
 from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
 from tunekit.plugins.trainers.recomputing import activations_computed_again
+from tunekit.plugins.trainers.schedules import schedule
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def fit(
     save_every = sft.save_every or batching.steps_per_epoch(len(train), sft.batch_size)
     accelerator, processes = Accelerator(cpu=context.device == "cpu", device_placement=False), started()
     peak = sft.peak_learning_rate(context)
-    share = optimization.schedule(sft.schedule, sft.warmup, steps)
+    share = schedule(sft.schedule, sft.warmup, steps)
     optimizer = optimization.make(sft.optimizer, model, peak, sft.weight_decay)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lengths = batching.lengths(train)

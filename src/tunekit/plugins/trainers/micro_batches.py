@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from tunekit.core.common.random_states import random_states, set_random_states
 from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded
-from tunekit.core.run.checkpoint import random_states, set_random_states
 from tunekit.core.training.parallel import started
 from tunekit.errors import TrainingError
 

@@ -1,9 +1,9 @@
-"""Optimizers and schedules by name; how large an optimizer's states are, and whether a checkpoint's are of this run."""
+"""Optimizers by name; how large an optimizer's states are, and whether a checkpoint's are of this run."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,6 @@ OPTIMIZERS = {
 }
 SHARDED = ("adamw", "sgd")
 """Those that work number by number, and so on any piece of a parameter."""
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "inverse-sqrt": "inverse_sqrt",
-}
 
 
 def make(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -41,20 +35,6 @@ def make(name: str, model: nn.Module, learning_rate: float, weight_decay: float)
     ]
     optimizer = getattr(importlib.import_module(module), attribute)
     return optimizer([group for group in groups if group["params"]], lr=learning_rate)
-
-
-def schedule(name: str, warmup: float, steps: int) -> Callable[[int], float]:
-    """The share of the peak learning rate after so many of `steps` steps: a function of their number alone.
-
-    So a resumed run needs no state of it, and a skipped step is a step.
-    """
-    import torch
-    from transformers import get_scheduler
-
-    nobodys = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    made = get_scheduler(SCHEDULES[name], nobodys, num_warmup_steps=round(warmup * steps), num_training_steps=steps)
-    share: Callable[[int], float] = made.lr_lambdas[0]
-    return share
 
 
 def size(optimizer: Optimizer) -> int:

@@ -10,9 +10,9 @@ from operator import mul
 from typing import TYPE_CHECKING
 from unittest import SkipTest
 
+from tunekit.core.common.random_states import random_states
 from tunekit.core.interfaces import Encoded, Evaluator
 from tunekit.core.outcomes import Measured
-from tunekit.core.run.checkpoint import random_states
 from tunekit.testing.checks.component import unchanged
 from tunekit.testing.harness import Harness
 from tunekit.testing.training import changed, copies, cross_entropy
