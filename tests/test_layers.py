@@ -61,6 +61,7 @@ ORDER = [
     "core.model.targets",
     "core.model.trained_tensors",
     "core.model.packed",
+    "core.model.quick_imports",
     "core.model.peft_method",
     # training adapters with less work
     "core.lean.frozen",

@@ -15,6 +15,7 @@ from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import added_tokens, packed, targets
 from tunekit.core.model.base import label_of
 from tunekit.core.model.dequantize import empty
+from tunekit.core.model.quick_imports import import_bitsandbytes
 from tunekit.core.model.trust import check_adapter
 from tunekit.errors import ConfigError, NotSupported
 
@@ -43,6 +44,7 @@ class PeftMethod(AdapterMethod):
 
     def attach(self, model: PreTrainedModel, context: Context) -> nn.Module:
         """Wrap `model` by PEFT; the adapter's parameters are float32, whatever the base's dtype."""
+        import_bitsandbytes()  # as PEFT does, only quicker
         from peft import get_peft_model
 
         config = self.peft_config(context)
@@ -104,6 +106,7 @@ class PeftMethod(AdapterMethod):
 
     def load(self, model: PreTrainedModel, directory: Path) -> nn.Module:
         """A PeftModel over `model` with the saved adapter, for inference; ConfigError if its tensors do not fit."""
+        import_bitsandbytes()
         from peft import PeftModel, set_peft_model_state_dict
         from safetensors.torch import load_file
 

@@ -10,6 +10,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Quantizer
+from tunekit.core.model.quick_imports import import_bitsandbytes
 from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class NF4(Quantizer):
         """A BitsAndBytesConfig."""
         from transformers import BitsAndBytesConfig
 
+        import_bitsandbytes()  # as transformers does to load, only quicker
         return {
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True,
