@@ -74,7 +74,7 @@ def main(arguments=None):
             data=tk.InMemory(rows=ROWS),
             validation=0.0,
             adapter=tk.QLoRA(rank=options.rank),
-            trainer=tk.SFT(max_steps=options.steps, batch_size=4, gradient_checkpointing=True),
+            trainer=tk.SFT(max_steps=options.steps, batch_size=4, gradient_checkpointing=True, keep_dequantized=0),
             dtype="bfloat16",
         )
         plan = pipeline.plan()

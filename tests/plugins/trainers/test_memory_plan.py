@@ -1,6 +1,7 @@
 """A run keeps within its memory: by nothing while that suffices, else by as little as suffices; and its numbers stay."""
 
 import json
+import signal
 
 import attrs
 import pytest
@@ -9,6 +10,7 @@ from test_sft import encoded, fit, largest_difference
 
 import tunekit as tk
 from tunekit.core.data import batching
+from tunekit.core.lean.forward import LeanForward
 from tunekit.core.memory.budget import fits
 from tunekit.core.run.checkpoint import newest
 from tunekit.errors import NotSupported
@@ -154,11 +156,9 @@ def test_limits_of_a_checkpoint_stay_unless_others_are_asked_for():
 ROWS = [{"prompt": f"What is {n} + {n}?", "completion": "ab " * n} for n in range(1, 25)]
 
 
-def pipeline(place, **changes):
+def pipeline(place, adapter=tk.LoRA(rank=2), **changes):  # noqa: B008 - it is frozen
     trainer = tk.SFT(**{"max_steps": 3, "batch_size": 8, "learning_rate": 1e-2, **changes})
-    return tk.Pipeline(
-        model=str(place), data=tk.InMemory(rows=ROWS), validation=0, adapter=tk.LoRA(rank=2), trainer=trainer
-    )
+    return tk.Pipeline(model=str(place), data=tk.InMemory(rows=ROWS), validation=0, adapter=adapter, trainer=trainer)
 
 
 def test_a_run_does_what_the_plan_says_and_learns_the_same(tiny_directory, tmp_path):
@@ -220,3 +220,55 @@ def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp
     with pytest.raises(KeyboardInterrupt):
         tight.run(tmp_path / "stopped", observers=[Stops()])
     assert tight.run(tmp_path / "stopped", resume=True).history == run.history, "resumed in as few bits"
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Bytes of dequantized weights that are there when a step of a run is logged; the third of them ends a run."""
+    found = []
+
+    @attrs.define
+    class Looks:
+        stops: int = 0
+
+        @tk.hookimpl
+        def tunekit_log(self, step):
+            lean = [
+                module.forward
+                for module in trained[-1].modules()
+                if isinstance(vars(module).get("forward"), LeanForward)
+            ]
+            found.append(sum(one.base._kept.nbytes for one in lean if one.base._kept is not None))
+            if step == self.stops:
+                signal.raise_signal(signal.SIGTERM)
+
+    trained = []
+    attach = tk.QLoRA.attach
+    monkeypatch.setattr(tk.QLoRA, "attach", lambda *given: trained.append(attach(*given)) or trained[-1])
+    return found, Looks
+
+
+def test_dequantized_weights_are_kept_in_half_of_what_a_step_leaves_and_resumed_so(tiny_directory, tmp_path, kept):
+    pytest.importorskip("bitsandbytes")
+    sizes, looks = kept
+    qlora = tk.QLoRA(rank=2)
+    bare = pipeline(tiny_directory, qlora, keep_dequantized=0).plan().memory
+    every = pipeline(tiny_directory, qlora, keep_dequantized=1).plan().memory["dequantized weights"]
+    need = sum(bare.values())
+    assert bare["dequantized weights"] == 0
+    tight = pipeline(tiny_directory, qlora, memory=(1.1 * need + 0.8 * every) / GIB, save_every=1)
+    plan = tight.plan()
+    size = plan.memory["dequantized weights"]
+    assert 0 < size < every, "some are, and some are not"
+    assert size <= 0.5 * (plan.available - need)
+    assert plan.choices["dequantized weights"].startswith(f"{size / 2**20:.1f} MiB of ")
+
+    whole = tight.run(tmp_path / "whole", observers=[looks()])
+    assert sizes == [size] * 3
+    with pytest.raises(SystemExit):
+        tight.run(tmp_path / "run", observers=[looks(stops=1)])
+    assert tight.run(tmp_path / "run", resume=True, observers=[looks()]).history == whole.history
+    assert sizes == [size] * 6, "as many after the resume"
+    none = pipeline(tiny_directory, qlora, keep_dequantized=0).run(tmp_path / "none", observers=[looks()])
+    assert sizes[6:] == [0] * 3
+    assert none.history == whole.history, "the numbers are those of before, kept or not"

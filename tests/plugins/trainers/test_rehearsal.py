@@ -126,12 +126,27 @@ def tensors_of(trained):
             yield module.weight.SCB
 
 
-@pytest.mark.parametrize("quantizer", [tk.NF4(), tk.NF4(double_quantization=False), tk.Int8()])
-def test_the_peak_is_predicted_on_a_quantized_base(quantizer, tmp_path):
+ALL, SOME, NONE = ({"keep_dequantized": gibibytes} for gibibytes in (1.0, 0.001, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "changes"),
+    [
+        (tk.NF4(), {"lean": False}),
+        (tk.NF4(double_quantization=False), {"lean": False}),
+        (tk.Int8(), {"lean": False}),
+        (tk.NF4(), ALL),
+        (tk.NF4(), SOME),
+        (tk.NF4(), NONE),
+        (tk.Int8(), ALL),
+    ],
+    ids=str,
+)
+def test_the_peak_is_predicted_on_a_quantized_base(quantizer, changes, tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
-    method, trainer, data = tk.LoRA(), sft(lean=False), rows(8, 12)
+    method, trainer, data = tk.LoRA(), sft(**changes), rows(8, 12)
     context = Context(model_id="x", device="cpu", dtype="float32", total_steps=2, quantization=quantizer.scheme)
     parts = predicted(trainer, method, data, context, quantizer)
     model().save_pretrained(tmp_path / "model")

@@ -17,18 +17,21 @@ if TYPE_CHECKING:
     from tunekit.core.lean.gated import LeanGated
 
 SHARE = 0.5
-"""Of the memory that is free when training starts, what dequantized weights may take."""
+"""Of the memory that nothing else needs, what dequantized weights may take."""
 
 
 @contextmanager
-def lean_forwards(model: nn.Module) -> Iterator[list[LeanForward]]:
+def lean_forwards(model: nn.Module, kept_bytes: int | None = None) -> Iterator[list[LeanForward]]:
     """Within it, the layers of PEFT's that are known have lean forwards, which it yields; the others keep theirs.
 
     So has a gated MLP around a down-projection with one of LoRA's. Only the forward of these very modules is another,
-    so that parameters, their names and files are what they were. Dequantized weights are kept while half of the memory
-    that was free at the start lasts, and are gone afterwards.
+    so that parameters, their names and files are what they were. Dequantized weights are gone afterwards.
+
+    Args:
+        model: with an adapter of PEFT's.
+        kept_bytes: what dequantized weights may take; None for what `may_keep` says of the memory that is free now.
     """
-    found = _lean(model)
+    found = _lean(model, kept_bytes)
     for one in found:
         one.layer.forward = one
     around = _gated(model) if found else []
@@ -60,10 +63,26 @@ def usual_forwards(model: nn.Module) -> Iterator[None]:
 
 def can_be_lean(model: nn.Module) -> bool:
     """Whether any of its layers has a lean forward."""
-    return bool(_lean(model))
+    return bool(_lean(model, 0))
 
 
-def _lean(model: nn.Module) -> list[LeanForward]:
+def may_keep(free: float) -> int:
+    """Bytes of dequantized weights that each process may keep, where so many are free."""
+    return max(0, int(SHARE * free / _sharing()))
+
+
+def kept(model: nn.Module, dtype: str, most: int | None) -> int:
+    """Bytes of the weights that are kept dequantized while `model` computes in `dtype`, of at most so many."""
+    import torch
+
+    from tunekit.core.lean.frozen import Budget
+
+    sizes = [one.base.dequantized_bytes(getattr(torch, dtype)) for one in _lean(model, 0)]
+    budget = Budget(sum(sizes) if most is None else most)
+    return sum(size for size in sizes if budget.take(size))
+
+
+def _lean(model: nn.Module, kept_bytes: int | None) -> list[LeanForward]:
     """A lean forward for each layer of `model` that does what one of them does, and nothing else."""
     if "peft" not in sys.modules:  # no layer can be of PEFT's, whose import takes seconds
         return []
@@ -75,7 +94,9 @@ def _lean(model: nn.Module) -> list[LeanForward]:
     from tunekit.core.lean.frozen import Budget, frozen
 
     kinds = _kinds()
-    budget = Budget(int(SHARE * free_bytes(str(next(model.parameters()).device)) / _sharing()))
+    if kept_bytes is None:
+        kept_bytes = may_keep(free_bytes(str(next(model.parameters()).device)))
+    budget = Budget(kept_bytes)
     found = []
     for layer in layers:
         active = layer.active_adapters

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+UNPACKED = "unpacked"
+"""The method by which what stands in for a quantized layer, where nothing is computed, makes a weight of a dtype."""
+
 
 @attrs.define(eq=False)
 class Budget:
@@ -57,6 +60,10 @@ class Frozen:
             return getattr(self.module, "compute_dtype", None) in (None, dtype)
         return bool(self.module.weight.dtype == dtype)
 
+    def dequantized_bytes(self, dtype: torch.dtype) -> int:
+        """What its weight takes dequantized; 0 for one that is not quantized."""
+        return int(self._quantized * self.module.in_features * self.module.out_features * dtype.itemsize)
+
     def drop(self) -> bool:
         """Keep no dequantized weight from here on; whether there was one."""
         had, self._kept, self.budget.bytes = self._kept is not None, None, 0
@@ -81,7 +88,7 @@ def frozen(layer: Any, budget: Budget) -> Frozen | None:
     module = getattr(layer.base_layer, "packed", layer.base_layer)
     kind = type(module)
     name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
-    known = kind is nn.Linear or name in ("transformers.Conv1D", "bitsandbytes.Linear4bit")
+    known = kind is nn.Linear or name in ("transformers.Conv1D", "bitsandbytes.Linear4bit") or hasattr(module, UNPACKED)
     if name == "bitsandbytes.Linear8bitLt":
         # On CUDA it multiplies integers, rounding the activations too; on the CPU it dequantizes, while training.
         known = module.weight.device.type == "cpu"
@@ -96,6 +103,9 @@ def frozen(layer: Any, budget: Budget) -> Frozen | None:
 
 def dequantized(module: Any, dtype: torch.dtype) -> Tensor:
     """The weight (out_features, in_features) of a quantized layer, as bitsandbytes makes it to multiply in `dtype`."""
+    if stands_in := getattr(module, UNPACKED, None):
+        found: Tensor = stands_in(dtype)
+        return found
     from bitsandbytes.functional import dequantize_4bit
 
     with torch.no_grad():

@@ -19,7 +19,7 @@ STIR = 0.02
 """How far trained tensors are moved while trying, as a standard deviation: many start at zero, which hides mistakes."""
 
 
-def fault(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
+def fault(model: nn.Module, loss: Callable[[], Tensor], kept_bytes: int | None = None) -> str | None:
     """Why lean forwards are not right for `model`; None if they are.
 
     Tried in training mode with the same random numbers, dropout included, on adapters that were moved from where they
@@ -28,9 +28,10 @@ def fault(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
     Args:
         model: with an adapter of PEFT's.
         loss: a loss of `model`, with a graph.
+        kept_bytes: see `lean_forwards`.
     """
     try:
-        with lean_forwards(model) as lean:
+        with lean_forwards(model, kept_bytes) as lean:
             tensors = [tensor for one in lean for tensor in one.tensors() if tensor.requires_grad]
             with stirred(tensors), _training(model):
                 found = _loss_and_gradient(loss, tensors)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tunekit.core.common.free_memory import free_bytes
 from tunekit.errors import ConfigError
 
-STANDING = ("frozen weights", "quantization state", "trained weights", "gradients", "optimizer")
+STANDING = ("frozen weights", "quantization state", "trained weights", "gradients", "optimizer", "dequantized weights")
 """The parts that are known to the byte."""
 SHARE = 0.1
 """What is added to the other parts before they count as fitting: so far a prediction may be off."""

@@ -87,30 +87,51 @@ class AsOnDevice(TorchFunctionMode):  # type: ignore[misc]
         return result
 
 
-def pack(model: nn.Module, quantizer: Quantizer) -> None:
+LEAN = {"nf4": ("cpu", "cuda"), "int8": ("cpu",)}
+"""Schemes whose layers have lean forwards over them, and on which devices."""
+
+
+def pack(model: nn.Module, quantizer: Quantizer, device: str) -> None:
     """Have the base of `model`, on the meta device, take what it takes when it is quantized.
 
     Frozen linear layers, but for the output layer, then hold `Quantizer.stored_bytes`, and a whole weight for as long
     as they compute.
+
+    Args:
+        model: with an adapter.
+        quantizer: how the base is stored.
+        device: where the model will be.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     whole = set(head.modules()) if head else set()  # PEFT may have wrapped it
     for layer in list(model.modules()):
         if type(layer) is nn.Linear and layer not in whole and not layer.weight.requires_grad:
-            _pack(layer, quantizer)
+            lean = device.partition(":")[0] in LEAN.get(quantizer.scheme, ())
+            _pack(layer, quantizer, _LeanPacked if lean else _Packed)
 
 
-def _pack(layer: nn.Linear, quantizer: Quantizer) -> None:
-    shape, dtype = layer.weight.shape, layer.weight.dtype
+def _pack(layer: nn.Linear, quantizer: Quantizer, kind: type[nn.Linear]) -> None:
     packed, state = quantizer.stored_bytes(layer.weight)
+    layer.dtype = layer.weight.dtype
     layer.weight = nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)
     layer.register_buffer(STATE, torch.empty(state, dtype=torch.uint8, device="meta"))
+    layer.__class__ = kind
 
-    def forward(inputs: Tensor) -> Tensor:
-        found: Tensor = _Unpacked.apply(inputs, layer.bias, shape, dtype)
+
+class _Packed(nn.Linear):  # type: ignore[misc]
+    """A linear layer with a packed weight, which is `dtype` unpacked."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        shape = torch.Size((self.out_features, self.in_features))
+        found: Tensor = _Unpacked.apply(inputs, self.bias, shape, self.dtype)
         return found
 
-    layer.forward = forward
+
+class _LeanPacked(_Packed):
+    """One that lean forwards know."""
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
 
 
 class _Unpacked(torch.autograd.Function):  # type: ignore[misc]

@@ -54,6 +54,7 @@ class RowsLoss:
         compiled: the layers of the model are compiled; within `training()` only.
         shared: where rows laid end to end begin alike and it pays, that is computed once.
         frozen: layers below what is trained, which are computed once a row; None to compute them each time.
+        kept_bytes: what dequantized weights may take where layers are lean; None for a share of what is free.
         notes: why a quicker way was not taken.
     """
 
@@ -66,6 +67,7 @@ class RowsLoss:
     compiled: bool = False
     shared: bool = False
     frozen: FrozenLayers | None = None
+    kept_bytes: int | None = None
     notes: Sequence[str] = ()
     _usual: str = attrs.field(init=False)
 
@@ -120,7 +122,7 @@ class RowsLoss:
         """Within it, the model computes as this way to the loss needs."""
         with (
             attending(self.model, ATTENTION, self.compiled) if self.padding_free else nullcontext(),
-            lean_forwards(self.model) if self.lean else nullcontext(),
+            lean_forwards(self.model, self.kept_bytes) if self.lean else nullcontext(),
             compiled.compiled(self.model) if self.compiled else nullcontext(),
         ):
             yield
@@ -147,6 +149,7 @@ def choose(
     lean: bool = False,
     compiling: bool = False,
     sharing: Sequence[Encoded] = (),
+    kept_bytes: int | None = None,
 ) -> RowsLoss:
     """The quickest way that is right for `model`: each is tried against the plain one.
 
@@ -160,11 +163,12 @@ def choose(
         lean: whether layers of PEFT's may have lean forwards.
         compiling: whether the layers may be compiled.
         sharing: rows of the user's that begin alike, for which it pays to compute that once; none for never.
+        kept_bytes: what dequantized weights may take; None for a share of what is free.
     """
     import torch
 
     short = excerpts(rows, model.config)
-    plainly = RowsLoss(model=model, pad_id=pad_id, device=device)
+    plainly = RowsLoss(model=model, pad_id=pad_id, device=device, kept_bytes=kept_bytes)
     with evaluating(model):
         plain = float(plainly(model, short))
         chosen = _laid_out(plainly, short, plain, padding_free, chunked)
@@ -182,9 +186,9 @@ def choose(
     # Not both: the compiler takes out what PEFT's forwards waste, and would compile each lean forward by itself.
     if lean and not chosen.compiled and can_be_lean(model):
         with chosen.training():
-            reason = fault(model, partial(chosen, model, short[:1]))
+            reason = fault(model, partial(chosen, model, short[:1]), kept_bytes)
             if reason and short is not rows:
-                reason = fault(model, partial(chosen, model, rows[:1]))
+                reason = fault(model, partial(chosen, model, rows[:1]), kept_bytes)
         note = [f"no lean forwards: {reason}"] if reason else []
         chosen = attrs.evolve(chosen, lean=not reason, notes=[*chosen.notes, *note])
     return chosen

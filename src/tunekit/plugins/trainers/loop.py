@@ -66,13 +66,13 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lengths = batching.lengths(train)
     order = batching.RowOrder(lengths=lengths, batch_size=sft.batch_size, seed=context.seed, order=sft.order)
-    so_far = SoFar(limits=Limits.of(sft), recomputed=sft.recomputed_layers)
+    so_far = SoFar(limits=Limits.of(sft), recomputed=sft.recomputed_layers, kept_bytes=sft.kept_bytes)
     if run.resumed:
         so_far = SoFar.resumed(run.resumed.state["trainer"]["so_far"], sft)
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
-    summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), run, context)
+    summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), so_far.kept_bytes, run, context)
     if sft.cache_frozen_layers:
         if pieces:
             raise NotSupported("cache_frozen_layers: the model is cut among processes; leave that out")
@@ -176,6 +176,7 @@ def _summed_loss(
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Encoded],
     first: Sequence[int],
+    kept_bytes: int | None,
     run: RunLog,
     context: Context,
 ) -> RowsLoss:
@@ -188,7 +189,7 @@ def _summed_loss(
         allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "shared": sft.shared_prefix}
         allowed |= {"lean": lean, "compiled": compiling}
         way = {name: bool(value and allowed[name]) for name, value in way.items()}
-        return RowsLoss(model=model, pad_id=fill, device=context.device, **way)
+        return RowsLoss(model=model, pad_id=fill, device=context.device, kept_bytes=kept_bytes, **way)
     found = rows_loss.choose(
         model,
         batching.shortest_and_longest(train),
@@ -199,6 +200,7 @@ def _summed_loss(
         lean=lean,
         compiling=compiling,
         sharing=sharing([train[at] for at in first]) if sft.shared_prefix else (),
+        kept_bytes=kept_bytes,
     )
     for note in found.notes:
         run.note(note)

@@ -12,6 +12,7 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded, Quantizer
+from tunekit.core.lean.forwards import may_keep
 from tunekit.core.memory.budget import STANDING, DoesNotFitError, available, fits, gibibytes, in_words, with_room
 from tunekit.core.memory.estimate import is_roomy
 from tunekit.core.memory.memory_plan import MemoryPlan
@@ -45,6 +46,8 @@ def plan(
             return None
     rehearsal = Rehearsal.of(sft, model(), train, tokenizer, quantizer, context)
     found = settled(sft, rehearsal.parts, len(layers_to_recompute(rehearsal.model)), budget, longest)
+    if sft.kept_bytes is None:
+        found = _keeping(found, rehearsal.dequantized)
     way = rehearsal.way
     rows = "without padding" if way.padding_free else "padded"
     if sft.padding_free and not way.padding_free:
@@ -91,6 +94,22 @@ def settled(sft: SFT, needs: Callable[[SFT], Mapping[str, int]], layers: int, bu
     if not fits(parts, budget):
         choices["not enough"] = f"{gibibytes(budget)} there are; a step may run out of memory"
     return MemoryPlan(trainer=least, parts=parts, budget=budget, choices=choices)
+
+
+def _keeping(plan: MemoryPlan, dequantized: Callable[[int | None], int]) -> MemoryPlan:
+    """`plan` with dequantized weights kept in a share of the memory that it leaves."""
+    wanted = dequantized(None)
+    if not wanted:
+        return plan
+    trainer: Any = plan.trainer
+    size = dequantized(may_keep(plan.budget - with_room(plan.parts)))
+    choice = f"{gibibytes(size)} of {gibibytes(wanted)} are kept"
+    return attrs.evolve(
+        plan,
+        trainer=attrs.evolve(trainer, keep_dequantized=size / 2**30),
+        parts={**plan.parts, "dequantized weights": size},
+        choices={**plan.choices, "dequantized weights": choice},
+    )
 
 
 def _is_open(sft: SFT) -> bool:

@@ -13,6 +13,7 @@ from tunekit.core.data import batching
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.interfaces import Encoded, Quantizer
+from tunekit.core.lean.forwards import kept
 from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers import optimization
@@ -63,7 +64,7 @@ class Rehearsal:
 
         states, moving = _moving(sft, model, context.device)
         if quantizer:
-            pack(model, quantizer)
+            pack(model, quantizer, context.device)
         model.train()
         way = RowsLoss(
             model=model,
@@ -71,10 +72,18 @@ class Rehearsal:
             device="meta",
             padding_free=sft.padding_free,
             chunked=sft.chunked_loss,
-            # The stand-ins of packed layers have no lean forward; PEFT's keeps no less. Compiled layers are PEFT's.
-            lean=sft.lean and quantizer is None and not worthwhile(sft.compile, sft.planned_steps(len(train))),
+            # Compiled layers are PEFT's.
+            lean=sft.lean and not worthwhile(sft.compile, sft.planned_steps(len(train))),
+            kept_bytes=0,  # they are counted by themselves
         )
         return cls(model=model, train=train, way=way, optimizer=states, moving=moving, context=context)
+
+    def dequantized(self, room: int | None = None) -> int:
+        """Bytes of the weights that lean layers keep dequantized, where they may take so many; None for all there are.
+
+        Rehearsed is a step that keeps none: with them, it does not make them again, which takes no more.
+        """
+        return kept(self.model, self.context.dtype, room) if self.way.lean else 0
 
     def parts(self, sft: SFT) -> dict[str, int]:
         """Bytes by part when they are most, in a step of `sft`.
@@ -100,6 +109,8 @@ class Rehearsal:
             return self.parts(sft)
         self._gone = True
         parts = {part: live.at_peak.get(part, 0) for part in PARTS}
+        if sft.kept_bytes is not None:
+            parts["dequantized weights"] = self.dequantized(sft.kept_bytes)
         moving = {"gradients": gradients, "activations": 0, "logits": 0, "workspace": self.moving}
         return max(parts, parts | moving, key=lambda found: sum(found.values()))
 
@@ -160,6 +171,7 @@ class Rehearsal:
 PARTS = (
     "frozen weights",
     "quantization state",
+    "dequantized weights",
     "trained weights",
     "gradients",
     "optimizer",

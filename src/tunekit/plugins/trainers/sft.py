@@ -61,9 +61,11 @@ class SFT(Trainer):
         parallel: what several processes have of the model: "replicated", all of it in each; or "sharded", a piece each,
             for a model that does not fit (FSDP2). An accelerate configuration with FSDP 2 asks for "sharded" as well.
         lean: layers adapted by LoRA, AdaLoRA, IA3, LoHa and LoKr compute while training what PEFT's do, with less work
-            and, in a gated MLP over LoRA, fewer activations, and weights in 4 or 8 bits are kept dequantized while half
-            of the free memory lasts, where the model's loss and gradient stay the same so; tried as well. Files and
-            evaluations are as without.
+            and, in a gated MLP over LoRA, fewer activations, where the model's loss and gradient stay the same so;
+            tried as well. Files and evaluations are as without.
+        keep_dequantized: GiB of the weights in 4 or 8 bits that lean layers keep dequantized, to multiply with them
+            again and again; 0 for none, "auto" for half of the memory that a step leaves. If the memory does not
+            suffice after all, they are the first to go.
         compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
             where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
             padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
@@ -119,6 +121,7 @@ class SFT(Trainer):
     chunked_loss: bool = True
     parallel: Literal["replicated", "sharded"] = "replicated"
     lean: bool = True
+    keep_dequantized: float | Literal["auto"] = attrs.field(default="auto", validator=at_least(0))
     compile: bool | Literal["auto"] = False
     cache_frozen_layers: bool = False
     gradient_checkpointing: bool | int | Literal["auto"] = attrs.field(default="auto", validator=at_least(0))
@@ -192,6 +195,11 @@ class SFT(Trainer):
         """The first so many layers are recomputed in the backward pass; None for all of them."""
         asked = self.gradient_checkpointing
         return 0 if asked == "auto" else {True: None, False: 0}[asked] if isinstance(asked, bool) else int(asked)
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """Bytes of dequantized weights to keep; None where that is left open."""
+        return None if self.keep_dequantized == "auto" else int(self.keep_dequantized * 2**30)
 
     def plan_memory(
         self,

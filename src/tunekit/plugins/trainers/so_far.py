@@ -44,6 +44,7 @@ class SoFar:
         stopped: why it is, in words.
         limits: of a forward pass.
         recomputed: layers that are computed again in the backward pass, the first so many; None for all.
+        kept_bytes: what dequantized weights may take; None for a share of what is free.
     """
 
     loss: float | None = None
@@ -55,6 +56,7 @@ class SoFar:
     stopped: str | None = None
     limits: Limits = attrs.field(factory=Limits, converter=_as_limits)
     recomputed: int | None = 0
+    kept_bytes: int | None = None
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any], sft: SFT) -> SoFar:
@@ -63,6 +65,8 @@ class SoFar:
         found.limits = found.limits.resumed(Limits.of(sft))
         if sft.gradient_checkpointing != "auto":
             found.recomputed = sft.recomputed_layers
+        if sft.keep_dequantized != "auto":
+            found.kept_bytes = sft.kept_bytes
         return found
 
     def is_best(self, sft: SFT, step: int, measured: Mapping[str, float], context: Context) -> bool:
