@@ -72,8 +72,13 @@ class Harness:
 
     def encoded(self, trainer: Trainer | None = None) -> list[Encoded]:
         """The rows as tokens: as `trainer` encodes them, else as the codec does."""
-        codec = self.codec()
-        return [trainer.encode(row, codec) if trainer else codec.encode(row) for row in self.rows]
+        if trainer:
+            codec = self.codec()
+            return [trainer.encode(row, codec) for row in self.rows]
+        if "encoded" not in self.memory:
+            codec = self.codec()
+            self.memory["encoded"] = [codec.encode(row) for row in self.rows]
+        return copy.deepcopy(self.memory["encoded"])
 
     def batch(self) -> dict[str, Tensor]:
         """All rows as one batch: `input_ids`, `attention_mask` and `labels`, each (rows, time)."""
