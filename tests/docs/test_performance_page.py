@@ -78,6 +78,13 @@ def test_goals_are_reached_or_not_as_the_results_say(script, result):
     assert "](images/speed.svg)" in page
 
 
+def test_memory_is_told_as_it_comes_and_recomputing_as_the_peer_does(script, result):
+    result["arms"]["tunekit-recomputing"] = arm(300.0, 500, 2)
+    lines = script["page"]({"speed": result}).splitlines()
+    told = "0.33 of it; 0.17, and 3.0 times the tokens a second, computing activations again as TRL does | yes |"
+    assert any(told in line for line in lines)
+
+
 def test_what_nobody_measured_is_said_to_be_so(script):
     assert script["page"]({}).count("| not measured |") == 11
 

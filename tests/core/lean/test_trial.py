@@ -157,7 +157,7 @@ def test_saving_while_training_writes_the_bytes_that_saving_afterwards_does(tmp_
 
 def test_a_resumed_run_goes_the_way_it_went_before(pipeline, tmp_path, computed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(rows_loss, "fault", lambda model, loss: "it is not to be")
+        patch.setattr(rows_loss, "fault", lambda model, loss, kept_bytes: "it is not to be")
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(tmp_path / "run", observers=[Stops()])
     pipeline.run(tmp_path / "run", resume=True)

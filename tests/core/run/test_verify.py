@@ -234,7 +234,7 @@ def test_a_gradient_that_is_wrong_behind_a_loss_that_is_right_is_seen(tiny_direc
         assert statuses(pipeline.verify()) == {**PASS, "padding-free == padded": "fail"}
     with monkeypatch.context() as patch:
         patch.setattr(lora, "low_rank", lambda *parts, **options: twice(low_rank(*parts, **options)))
-        patch.setattr(rows_loss, "fault", lambda model, loss: None)  # by which a run would see it, too
+        patch.setattr(rows_loss, "fault", lambda model, loss, kept_bytes: None)  # by which a run would see it, too
         assert statuses(pipeline.verify()) == {**PASS, "lean forwards == usual ones": "fail"}
     with monkeypatch.context() as patch:
         patch.setattr(head_loss, "_loss_and_slope", steeper)
