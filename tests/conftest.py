@@ -1,5 +1,6 @@
 """What all tests share: which ones are skipped here, the fake plugins, and a tiny model on disk."""
 
+import gc
 import os
 import shutil
 import sys
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is there by now: looking through torch and all tests takes a third of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
