@@ -23,7 +23,7 @@ from speed import measure, write
 RESULTS = Path(__file__).parent / "results"
 MAIN = Workload(shape="135m", rows_per_step=8, steps=2)
 LEVERS = Workload(shape="135m", rows_per_step=4, steps=4)
-LARGE = Workload(shape="0.5b", rows_per_step=2, steps=2)
+LARGE = Workload(shape="0.5b", rows_per_step=8, steps=2)
 FULL = Workload(shape="0.5b", rows_per_step=10, steps=2)
 EVEN = Workload(shape="135m", rows_per_step=4, steps=3, data="drawn", length=200, supervised=1.0)
 THREE = ("tunekit", REFERENCE, "trl")

@@ -39,6 +39,7 @@ def tokenizer(shape):
 
         found = AutoTokenizer.from_pretrained(shared() / "models" / "stories260k")
         found.chat_template = CHATML.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+        found.pad_token = found.eos_token  # it has none, and the peers pad
         return found
     texts = [message["content"] for row in conversations() for message in row["messages"]] if shape != "tiny" else []
     if not texts:

@@ -15,7 +15,7 @@ import tunekit as tk
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from harness import arms, clock, gate, report, rounds, training, workload  # noqa: E402
+from harness import arms, clock, gate, report, rounds, rows, training, workload  # noqa: E402
 
 WITHOUT_TRL = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="TRL is in the environment of make bench"
@@ -48,6 +48,14 @@ def test_the_predicted_memory_is_within_a_tenth_of_the_measured():
     memory = runpy.run_path(str(BENCHMARKS / "memory.py"))
     figures = memory["one"]("small", "LoRA", 32)
     assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.1)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("shape", ["135m", "stories260k"])
+def test_a_tokenizer_of_a_workload_can_pad_as_the_peers_do(shape):
+    tokenizer = rows.tokenizer(shape)
+    assert tokenizer.pad_token is not None
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 
 def test_every_method_is_compared_with_lora_both_ways(capsys, tmp_path):

@@ -71,7 +71,7 @@ def may_keep(free: float) -> int:
     return max(0, int(SHARE * free / _sharing()))
 
 
-def kept(model: nn.Module, dtype: str, most: int | None) -> int:
+def kept_bytes_of(model: nn.Module, dtype: str, most: int | None) -> int:
     """Bytes of the weights that are kept dequantized while `model` computes in `dtype`, of at most so many."""
     import torch
 

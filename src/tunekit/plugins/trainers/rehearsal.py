@@ -13,7 +13,7 @@ from tunekit.core.data import batching
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.interfaces import Encoded, Quantizer
-from tunekit.core.lean.forwards import kept
+from tunekit.core.lean.forwards import kept_bytes_of
 from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers import optimization
@@ -83,7 +83,7 @@ class Rehearsal:
 
         Rehearsed is a step that keeps none: with them, it does not make them again, which takes no more.
         """
-        return kept(self.model, self.context.dtype, room) if self.way.lean else 0
+        return kept_bytes_of(self.model, self.context.dtype, room) if self.way.lean else 0
 
     def parts(self, sft: SFT) -> dict[str, int]:
         """Bytes by part when they are most, in a step of `sft`.
