@@ -54,9 +54,7 @@ def _plain(about, dtype):
 
 ARMS = {
     "tunekit": _tunekit("tk.SFT as it comes"),
-    "tunekit-recomputing": _tunekit(
-        "tk.SFT, activations computed again as by TRL", gradient_checkpointing=True
-    ),
+    "tunekit-recomputing": _tunekit("tk.SFT, activations computed again as by TRL", gradient_checkpointing=True),
     "tunekit-compiled": _tunekit("tk.SFT with compiled layers", compile=True),
     "transformers-float32": _plain("transformers.Trainer + PEFT, float32 base", "float32"),
     "trl-tuned-float32": _trl("TRL, float32 throughout, no checkpointing", **TUNED),
