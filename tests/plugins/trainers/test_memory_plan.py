@@ -224,7 +224,7 @@ def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Bytes of dequantized weights that are there when a step of a run is logged; the third of them ends a run."""
+    """Bytes of dequantized weights that are there at each logged step, and the observer that notes them."""
     found = []
 
     @attrs.define

@@ -78,7 +78,7 @@ class Rehearsal:
         )
         return cls(model=model, train=train, way=way, optimizer=states, moving=moving, context=context)
 
-    def dequantized(self, room: int | None = None) -> int:
+    def dequantized(self, room: int | None) -> int:
         """Bytes of the weights that lean layers keep dequantized, where they may take so many; None for all there are.
 
         Rehearsed is a step that keeps none: with them, it does not make them again, which takes no more.

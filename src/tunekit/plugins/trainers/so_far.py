@@ -65,7 +65,7 @@ class SoFar:
         found.limits = found.limits.resumed(Limits.of(sft))
         if sft.gradient_checkpointing != "auto":
             found.recomputed = sft.recomputed_layers
-        if sft.keep_dequantized != "auto":
+        if sft.kept_bytes is not None:
             found.kept_bytes = sft.kept_bytes
         return found
 
