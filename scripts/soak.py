@@ -99,6 +99,7 @@ def scratch(directory: Path) -> list[Path]:
 
 def prepare(model: Path) -> None:
     """Import what a run needs, so that the processes to be killed have it, and make the model."""
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # no figures: half of the time of so short a run
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     import torch

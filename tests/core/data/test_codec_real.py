@@ -118,7 +118,7 @@ def good_ones(data):
     return [(name, [talk for talk in map(usable, talks) if talk]) for name, talks in conversations(data)]
 
 
-def sample(data, count=100):
+def sample(data, count=50):
     """Random rows of every data set, or all of a smaller one."""
     for name, good in good_ones(data):
         assert good, name

@@ -47,7 +47,7 @@ def bases(tmp_path_factory):
     return made
 
 
-def make(base, adapter, steps=60, **changes):
+def make(base, adapter, steps=36, **changes):
     parts = {
         "data": tk.InMemory(rows=ROWS),
         "validation": 0,

@@ -80,13 +80,13 @@ def fit(
         for note in summed_loss.notes:
             run.note(note)
     # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     model.train()
     run.draw(context.seed)  # last: nothing else may draw random numbers
 
     saved_at = time.monotonic()
-    recomputing = activations_computed_again(accelerator.unwrap_model(model), so_far.recomputed)
+    recomputing = activations_computed_again(model, so_far.recomputed)
     with summed_loss.training(), recomputing, asked_to_stop() as asked:
         for step in range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1):
             rows = order.of_step(step)
@@ -100,7 +100,7 @@ def fit(
                 so_far.limits,
                 padded=not summed_loss.padding_free,
                 sent=processes.count > 1,
-                loss=partial(_part, summed_loss, model, tokens),
+                loss=partial(_part, summed_loss, wrapped, tokens),
                 backward=accelerator.backward,
                 clear=partial(_clear, optimizer, model),
                 most=(lambda passes: max(processes.gather(passes))) if pieces else None,
@@ -111,7 +111,7 @@ def fit(
             for note in [note for share in shares for note in share.notes]:
                 run.note(note)
             # Once a step: on the first process alone, since what all have is added up.
-            extra = extra_loss(accelerator.unwrap_model(model)) if processes.is_first else None
+            extra = extra_loss(model) if processes.is_first else None
             if extra is not None:
                 accelerator.backward(extra)
             processes.add_gradients(trained)
@@ -131,7 +131,7 @@ def fit(
             else:
                 so_far.loss = loss
                 optimizer.step()
-                after_step(accelerator.unwrap_model(model), step)
+                after_step(model, step)
             optimizer.zero_grad()
 
             if not wrong and (step % sft.log_every == 0 or step == steps):
@@ -153,7 +153,7 @@ def fit(
                 way = {name: getattr(summed_loss, name) for name in rows_loss.WAYS}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
-                run.save(step, accelerator.unwrap_model(model), state, sft.keep, so_far.best_step, background=beside)
+                run.save(step, model, state, sft.keep, so_far.best_step, background=beside)
                 saved_at = time.monotonic()
             if stop:
                 run.settle()
@@ -163,7 +163,7 @@ def fit(
                 break
     run.settle()
     ended = so_far.stopped_at or steps
-    notes = so_far.notes | so_far.restore_best(sft, ended, run, accelerator.unwrap_model(model))
+    notes = so_far.notes | so_far.restore_best(sft, ended, run, model)
     for note in notes.values():
         run.note(note)
     processes.check_same("what was trained", checksums(model) if processes.count > 1 else None)
