@@ -19,6 +19,8 @@ DATA ?=
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
+# Bytecode is written whatever the environment says: the suite starts some fifty processes.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 

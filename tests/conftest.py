@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # Tiny models are fastest on one thread, and many threads make timings noise. Read when torch is first imported.
@@ -85,14 +86,36 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory as `tunekit.Pipeline(model=...)` takes it: the tiny Llama and its tokenizer."""
-    from tunekit.testing import tiny_model, tiny_tokenizer
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Fills a directory once for all workers, whichever needs it first: `made_once("two-processes", fill)`."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    tiny_model().save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    def made(name: str, fill: Callable[[Path], None]) -> Path:
+        directory, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                fill(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """A model directory as `tunekit.Pipeline(model=...)` takes it: the tiny Llama and its tokenizer."""
+
+    def fill(directory: Path) -> None:
+        from tunekit.testing import tiny_model, tiny_tokenizer
+
+        tiny_model().save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+
+    return made_once("tiny-llama", fill)
 
 
 @pytest.fixture

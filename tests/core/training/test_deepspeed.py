@@ -22,12 +22,14 @@ STAGE_2 = {"zero_optimization": {"stage": 2}}
 
 
 @pytest.fixture(scope="module")
-def two(tiny_directory, tmp_path_factory):
+def two(tiny_directory, made_once):
     """Runs on two processes: ZeRO 2 by the launcher, ZeRO 3 by an argument, and without."""
-    directory = tmp_path_factory.mktemp("deepspeed")
-    status, said = launch("deepspeed", tiny_directory, directory, launcher=DEEPSPEED)
-    assert status == 0, said
-    return directory
+
+    def fill(directory):
+        status, said = launch("deepspeed", tiny_directory, directory, launcher=DEEPSPEED)
+        assert status == 0, said
+
+    return made_once("deepspeed", fill)
 
 
 @installed

@@ -16,12 +16,14 @@ from tunekit.core.training.parallel import Processes
 
 
 @pytest.fixture(scope="module")
-def two(tiny_directory, tmp_path_factory):
+def two(tiny_directory, made_once):
     """The runs of every method on two processes."""
-    directory = tmp_path_factory.mktemp("two")
-    status, said = launch("methods", tiny_directory, directory)
-    assert status == 0, said
-    return directory
+
+    def fill(directory):
+        status, said = launch("methods", tiny_directory, directory)
+        assert status == 0, said
+
+    return made_once("two-processes", fill)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +87,17 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(tw
 
 
 @pytest.fixture(scope="module")
-def resumed(two, tiny_directory, tmp_path_factory):
+def resumed(two, tiny_directory, made_once):
     """Two runs that two processes go on with: one of two processes, with dropout, and one of a single process."""
-    directory = tmp_path_factory.mktemp("resumed")
-    shutil.copytree(two / "stopped" / "dropout", directory / "dropout")
-    with pytest.raises(SystemExit):
-        make(tiny_directory, METHODS["adalora"]).run(directory / "adalora", observers=[Stops()])
-    status, said = launch("resume", tiny_directory, directory, launcher=ACCELERATE)
-    assert status == 0, said
-    return directory
+
+    def fill(directory):
+        shutil.copytree(two / "stopped" / "dropout", directory / "dropout")
+        with pytest.raises(SystemExit):
+            make(tiny_directory, METHODS["adalora"]).run(directory / "adalora", observers=[Stops()])
+        status, said = launch("resume", tiny_directory, directory, launcher=ACCELERATE)
+        assert status == 0, said
+
+    return made_once("two-processes-resumed", fill)
 
 
 def test_a_run_resumed_on_as_many_processes_is_the_same_to_the_bit_and_accelerate_launches_it(resumed, two):

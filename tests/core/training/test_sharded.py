@@ -19,21 +19,21 @@ from tunekit.testing import tiny_model
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_directory, tmp_path_factory):
+def lora(tiny_directory, made_once):
     """The run of LoRA on one process."""
-    directory = tmp_path_factory.mktemp("whole") / "lora"
-    make(tiny_directory, METHODS["lora"], SHORT).run(directory)
-    return directory
+    return made_once("whole", lambda place: make(tiny_directory, METHODS["lora"], SHORT).run(place / "lora")) / "lora"
 
 
 @pytest.fixture(scope="module")
-def two(lora, tiny_directory, tmp_path_factory):
+def two(lora, tiny_directory, made_once):
     """The runs on two processes."""
-    directory = tmp_path_factory.mktemp("sharded")
-    unfinished(lora, directory / "launched")
-    status, said = launch("sharded", tiny_directory, directory, launcher=FSDP)
-    assert status == 0, said
-    return directory
+
+    def fill(directory):
+        unfinished(lora, directory / "launched")
+        status, said = launch("sharded", tiny_directory, directory, launcher=FSDP)
+        assert status == 0, said
+
+    return made_once("sharded", fill)
 
 
 @pytest.mark.parametrize("method", SHARDED)
