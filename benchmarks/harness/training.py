@@ -70,11 +70,11 @@ def train(name, directory, clock, place=None):
 
 def by_tunekit(arm, workload, directory, recorder):
     """`tk.SFT` on what `tk.LoRA` attaches."""
+    import tunekit as tk  # isort: skip - before the others, as a user's script has it: it asks for large pages
     import peft  # noqa: F401 - imported here, so that it counts as import and not as loading
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import tunekit as tk
     from tunekit.core.model.base import Base
     from tunekit.core.registry import default_registry
     from tunekit.core.run.observers import Observers

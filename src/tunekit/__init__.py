@@ -5,9 +5,16 @@ importing tunekit imports no torch.
 """
 
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
+
+# torch's own switch for large pages, which it reads when it first allocates: transformers does so while it is imported.
+# What a tensor of 2 MiB and more leaves then fits the next, and the process grows less (docs/performance.md). Where the
+# kernel has none, torch would warn.
+if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
     name: module
