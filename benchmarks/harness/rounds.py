@@ -85,6 +85,7 @@ class Rounds:
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
         }
+        environment.pop("THP_MEM_ALLOC_ENABLE", None)  # tunekit, imported here, has set it: no arm has it from another
         began = time.time()
         with (self.work / f"{name}.log").open("w") as said:
             try:
