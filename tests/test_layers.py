@@ -87,6 +87,7 @@ ORDER = [
     "core.training.frozen",
     "core.training.prefixes",
     "core.training.segments",
+    "core.training.batch",
     "core.training.head_loss",
     "core.training.rows_loss",
     "core.memory.budget",

@@ -162,11 +162,15 @@ def test_where_memory_runs_out_they_are_dropped_before_anything_else_is_changed(
     model, given = attached(tk.QLoRA(rank=4), load(tiny_directory, tk.NF4())), []
     train = {0: {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}}
 
-    def loss(rows):
+    def loss(places):
         given.append(sum(one.base._kept is not None for one in lean))
         if given[-1]:
             raise MemoryError
-        return model(input_ids=torch.tensor([rows[0]["input_ids"]]), use_cache=False).logits.logsumexp(-1).sum()
+        return (
+            model(input_ids=torch.tensor([train[at]["input_ids"] for at in places]), use_cache=False)
+            .logits.logsumexp(-1)
+            .sum()
+        )
 
     with lean_forwards(model) as lean:
         passed(model)

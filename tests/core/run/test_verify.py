@@ -173,8 +173,8 @@ class CountsInSecret(tk.LoRA):
 class MeanOfMeans(RowsLoss):
     """The mean over the tokens of each forward pass."""
 
-    def __call__(self, model, rows):
-        return 10 * super().__call__(model, rows) / sum(map(supervised_tokens, rows))
+    def of(self, model, batch):
+        return 10 * super().of(model, batch) / len(batch.wanted)
 
 
 @attrs.frozen(kw_only=True)

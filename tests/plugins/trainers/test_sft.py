@@ -378,10 +378,10 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     assert found.state["trainer"]["loss"] == way
     monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
     taken = []
-    true = RowsLoss.__call__
+    true = RowsLoss.of
     monkeypatch.setattr(
         RowsLoss,
-        "__call__",
+        "of",
         lambda self, *rest: taken.append((self.padding_free, self.chunked, self.compiled)) or true(self, *rest),
     )
     create(tmp_path / "resumed")

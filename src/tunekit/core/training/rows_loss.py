@@ -8,25 +8,24 @@ own, or on excerpts of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
-from tunekit.core.data.batching import collate, lengths, on_device, shortest_and_longest
-from tunekit.core.data.codec import IGNORED
+from tunekit.core.data.batching import lengths, on_device, shortest_and_longest
 from tunekit.core.evaluation.predicting import drops, evaluating, trying
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
 from tunekit.core.training import compiled
+from tunekit.core.training.batch import Batch, end_to_end, padded
 from tunekit.core.training.excerpts import excerpts
 from tunekit.core.training.frozen import FrozenLayers
-from tunekit.core.training.prefixes import Layout
-from tunekit.core.training.segments import ATTENTION, attending, flatten
+from tunekit.core.training.segments import ATTENTION, attending
 from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 1e-5}
 """Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
-Place = Callable[[int, int], int]
-"""Of the number of a row and of a token in it: where that is."""
 WAYS = ("padding_free", "chunked", "lean", "compiled", "shared")
 """The fields that say which way it is; part of a checkpoint."""
 
@@ -76,13 +73,20 @@ class RowsLoss:
 
     def __call__(self, model: nn.Module, rows: Sequence[Encoded]) -> Tensor:
         """The summed loss of `rows`, a float32 scalar with a graph; `model` is the module, or what wraps it."""
-        import torch
+        return self.of(model, self.batch(rows))
+
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """`rows` as `of` takes them; a thread may make it beside whatever the model does meanwhile."""
+        return (
+            end_to_end(rows, self.device, self.shared) if self.padding_free else padded(rows, self.pad_id, self.device)
+        )
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The summed loss of the rows of `batch`."""
         from torch.nn.functional import cross_entropy
 
-        inputs, place = self.inputs(rows)
-        at, targets = _supervised(rows, place)
-        places, wanted = (on_device(numbers, self.device, torch.long) for numbers in (at, targets))
-        starting = self.frozen.left_out(self._states(rows, inputs, place)) if self.frozen else nullcontext()
+        inputs, places, wanted = batch.inputs, batch.places, batch.wanted
+        starting = self.frozen.left_out(self._states(batch)) if self.frozen else nullcontext()
         if not self.chunked:
             with starting:
                 logits = model(**inputs, use_cache=False).logits
@@ -96,24 +100,15 @@ class RowsLoss:
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)
 
-    def inputs(self, rows: Sequence[Encoded]) -> tuple[dict[str, Any], Place]:
-        """What the model takes of `rows`, and where in its flattened output each token of them is."""
-        if self.padding_free:
-            layout = Layout.of(rows, self.shared)
-            return flatten(layout, self.device), layout.place
-        inputs: dict[str, Any] = collate(rows, self.pad_id, self.device)
-        width = inputs.pop("labels").shape[1]
-        return inputs, lambda row, at: row * width + at
-
-    def _states(self, rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Place) -> Tensor:
-        """What the frozen layers make of `inputs`, shape (rows, tokens, features); of padding, zeros."""
+    def _states(self, batch: Batch) -> Tensor:
+        """What the frozen layers make of its inputs, shape (rows, tokens, features); of padding, zeros."""
         assert self.frozen
-        shape = inputs["input_ids"].shape
+        shape = batch.inputs["input_ids"].shape
         kept = self.frozen.kept
         states = kept.new_zeros(shape.numel(), kept.shape[1], device=self.device)
-        for number, row in enumerate(rows):
-            found = self.frozen.states(row, lambda row=row: self.inputs([row])[0])  # type: ignore[misc]
-            places = [place(number, at) for at in range(len(row["input_ids"]))]
+        for number, row in enumerate(batch.rows):
+            found = self.frozen.states(row, lambda row=row: self.batch([row]).inputs)  # type: ignore[misc]
+            places = [batch.place(number, at) for at in range(len(row["input_ids"]))]
             states[on_device(places, self.device)] = found.to(self.device)
         return states.view(*shape, -1)
 
@@ -207,7 +202,7 @@ def over_frozen(way: RowsLoss, rows: Sequence[Encoded], directory: Path) -> Rows
     """
     some, tokens = shortest_and_longest(rows), sum(lengths(rows))
     with way.training():
-        frozen = FrozenLayers.of(way.model, way.inputs(some[:1])[0], tokens, directory)
+        frozen = FrozenLayers.of(way.model, way.batch(some[:1]).inputs, tokens, directory)
         with evaluating(way.model):
             plain = float(way(way.model, some))
     found = attrs.evolve(way, frozen=frozen)
@@ -266,17 +261,3 @@ def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None
     if abs(found - plain) <= TOLERANCE.get(dtype, 1e-2) * abs(plain):
         return None
     return f"the loss is {found:.6g} so, and {plain:.6g} plainly"
-
-
-def _supervised(rows: Sequence[Encoded], place: Place) -> tuple[list[int], list[int]]:
-    """The places, each before a supervised token, and the tokens to predict there; `place` is of a row and its token.
-
-    A place in a shared prefix is there for each of its rows: the loss and gradient of each are added up.
-    """
-    pairs: list[tuple[int, Any]] = [
-        (place(number, at), label)
-        for number, row in enumerate(rows)
-        for at, label in enumerate(row["labels"][1:])
-        if label != IGNORED
-    ]
-    return [place for place, _ in pairs], [label for _, label in pairs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smalles
 from tunekit.plugins.trainers.recomputing import activations_computed_again
 from tunekit.plugins.trainers.schedules import schedule
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
+from tunekit.plugins.trainers.upcoming import StepRows, upcoming
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,20 +89,24 @@ def fit(
 
     saved_at = time.monotonic()
     recomputing = activations_computed_again(model, so_far.recomputed)
-    with summed_loss.training(), recomputing, asked_to_stop() as asked:
-        for step in range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1):
-            rows = order.of_step(step)
-            read = {at: train[at] for at in rows}  # once: rows are in files
-            tokens = sum(map(batching.supervised_tokens, read.values()))
+    to_do = range(run.resumed.step + 1 if run.resumed else 1, (so_far.stopped_at or steps) + 1)
+    make = lambda step: StepRows.of(order.of_step(step), train, so_far.limits, processes, summed_loss)  # noqa: E731
+    with (
+        summed_loss.training(),
+        recomputing,
+        closing(upcoming(make, to_do, context.device, beside=sft.prefetch)) as coming,
+        asked_to_stop() as asked,
+    ):
+        for step, given in zip(to_do, coming, strict=True):
             attempt = partial(
                 learn,
                 step,
-                processes.share(rows, batching.lengths(list(read.values()))),
-                read,
+                given.share,
+                given.read,
                 so_far.limits,
                 padded=not summed_loss.padding_free,
                 sent=processes.count > 1,
-                loss=partial(_part, summed_loss, wrapped, tokens),
+                loss=partial(given.loss, wrapped),
                 backward=accelerator.backward,
                 clear=partial(_clear, optimizer, model),
                 most=(lambda passes: max(processes.gather(passes))) if pieces else None,
@@ -121,13 +127,13 @@ def fit(
             rate = peak * share(step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            wrong = what_is_not_finite(step, losses, norm, read, tokenizer)
+            wrong = what_is_not_finite(step, losses, norm, given.read, tokenizer)
             if wrong and sft.on_nonfinite == "stop":
                 raise TrainingError(f"{wrong}. Nothing was learned from this step; {WAYS_OUT}")
             if wrong:
                 so_far.skipped += 1
                 run.note(f"skipped {wrong}")
-                run.log(step, {"skipped": 1, "learning_rate": rate, "tokens": tokens})
+                run.log(step, {"skipped": 1, "learning_rate": rate, "tokens": given.tokens})
             else:
                 so_far.loss = loss
                 optimizer.step()
@@ -135,7 +141,7 @@ def fit(
             optimizer.zero_grad()
 
             if not wrong and (step % sft.log_every == 0 or step == steps):
-                run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
+                run.log(step, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": given.tokens})
             is_best = False
             if validate and _evaluates(sft, step, steps):
                 with summed_loss.paused():
@@ -218,8 +224,3 @@ def _clear(optimizer: Optimizer, model: nn.Module) -> bool:
     """Take all gradients away, and weights that are kept dequantized; whether there were any of these."""
     optimizer.zero_grad()
     return drop_kept(model)
-
-
-def _part(summed_loss: RowsLoss, model: nn.Module, tokens: int, rows: Sequence[Encoded]) -> Tensor:
-    """A part of the step's loss. Divided by the tokens of the whole step: every token weighs the same in any split."""
-    return summed_loss(model, rows) / tokens

@@ -86,7 +86,7 @@ def learn(
     *,
     padded: bool,
     sent: bool,
-    loss: Callable[[list[Encoded]], Tensor],
+    loss: Callable[[Sequence[int]], Tensor],
     backward: Callable[[Tensor], None],
     clear: Callable[[], bool | None],
     most: Callable[[int], int] | None = None,
@@ -103,7 +103,7 @@ def learn(
         limits: what may go through the model at once; made smaller as need be.
         padded: whether rows are padded.
         sent: whether other processes are told of the losses, which are then read as numbers.
-        loss: of some rows, as a part of the step's.
+        loss: of the rows at some places, as a part of the step's.
         backward: adds the gradient of a loss.
         clear: takes all gradients away; true if it gave back memory besides, so that as much may fit after all.
         most: for a model in pieces, the most forward passes that any process makes, from this one's number of them.
@@ -118,15 +118,15 @@ def learn(
         losses: list[tuple[Tensor | float, list[int]]] = []
         group: list[int] = []
         try:
-            groups = _groups(rows, train, limits, padded)
+            groups = grouped(rows, train, limits, padded)
             idle = most(len(groups)) - len(groups) if most else 0
             for group in groups:
-                part = loss([train[at] for at in group])
+                part = loss(group)
                 backward(part)
                 losses.append((part.item() if sent else part.detach(), group))
             for _ in range(idle):
                 group = [min(train, key=lambda at: len(train[at]["input_ids"]))]
-                backward(0 * loss([train[at] for at in group]))
+                backward(0 * loss(group))
             return Share(losses=losses, limits=limits, notes=notes)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -157,6 +157,12 @@ def learn(
             f"step {step}: out of memory with {len(group)} rows, {size} tokens, in a forward pass; from here on at "
             f"most {at_most}, the step's rows and loss as they were ({said})"
         )
+
+
+def grouped(rows: Sequence[int], train: Mapping[int, Encoded], limits: Limits, padded: bool) -> list[list[int]]:
+    """The rows by forward pass, rows of like length together."""
+    lengths = batching.lengths([train[at] for at in rows])
+    return [[rows[at] for at in group] for group in batching.chunks(lengths, limits.tokens, limits.rows, padded)]
 
 
 def read(
@@ -238,9 +244,3 @@ def _free() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _groups(rows: Sequence[int], train: Mapping[int, Encoded], limits: Limits, padded: bool) -> list[list[int]]:
-    """The rows by forward pass, rows of like length together."""
-    lengths = batching.lengths([train[at] for at in rows])
-    return [[rows[at] for at in group] for group in batching.chunks(lengths, limits.tokens, limits.rows, padded)]

@@ -69,6 +69,7 @@ class SFT(Trainer):
         compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
             where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
             padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
+        prefetch: the rows of the next step are read, laid out and sent to the GPU by a thread while this step computes.
         cache_frozen_layers: hidden states before the lowest trained layer (of `LastLayers`, say) are computed once for
             each row and kept in the run directory while the run lasts; refused where that cannot be done.
         gradient_checkpointing: activations are computed again in the backward pass instead of kept: much less memory
@@ -123,6 +124,7 @@ class SFT(Trainer):
     lean: bool = True
     keep_dequantized: float | Literal["auto"] = attrs.field(default="auto", validator=at_least(0))
     compile: bool | Literal["auto"] = False
+    prefetch: bool = True
     cache_frozen_layers: bool = False
     gradient_checkpointing: bool | int | Literal["auto"] = attrs.field(default="auto", validator=at_least(0))
     memory: float | None = attrs.field(default=None, validator=[positive, between(0, math.inf)])
