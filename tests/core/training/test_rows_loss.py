@@ -2,6 +2,7 @@
 
 import random
 import re
+import weakref
 
 import attrs
 import pytest
@@ -259,18 +260,22 @@ def test_large_logits_do_not_overflow():
 
 
 def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
+    monkeypatch.setattr(head_losses, "CHUNK_TOKENS", 64)
     monkeypatch.setattr(head_losses, "CHUNK_NUMBERS", 64 * VOCABULARY)
-    seen = []
-    head = nn.Linear(8, VOCABULARY)
-    head_loss(
-        torch.randn(1000, 8),
-        torch.zeros(1000, dtype=torch.long),
-        lambda hidden: seen.append(len(hidden)) or head(hidden),
-        [],
-        VOCABULARY,
-    )
-    assert max(seen) == 64
-    assert sum(seen) == 1000
+    head, made, sizes, held = nn.Linear(8, VOCABULARY), [], [], []
+
+    def watched(hidden):
+        held.append(sum(logits() is not None for logits in made))
+        logits = head(hidden)
+        made.append(weakref.ref(logits.untyped_storage()))
+        sizes.append(len(hidden))
+        return logits
+
+    loss = head_loss(torch.randn(1000, 8, requires_grad=True), torch.zeros(1000).long(), watched, [], VOCABULARY)
+    assert loss.requires_grad
+    assert max(sizes) == 64
+    assert sum(sizes) == 1000
+    assert max(held) == 0
 
 
 class Counting(nn.Linear):
