@@ -1,6 +1,6 @@
 """How long a training step takes by method, relative to LoRA, by lean forwards and by PEFT's.
 
-    python benchmarks/methods.py --steps 5 --out benchmarks/results/methods.json
+    python benchmarks/methods.py --shape 135m --rows 8 --tokens 128 --steps 5 --out benchmarks/results/methods.json
 
 All methods train on a model of random weights in the shape of SmolLM2-135M, on the same rows without padding, in one
 process and in turn, step by step, so that what else the machine does falls on all of them. A step is forward, backward
