@@ -166,11 +166,8 @@ def test_where_memory_runs_out_they_are_dropped_before_anything_else_is_changed(
         given.append(sum(one.base._kept is not None for one in lean))
         if given[-1]:
             raise MemoryError
-        return (
-            model(input_ids=torch.tensor([train[at]["input_ids"] for at in places]), use_cache=False)
-            .logits.logsumexp(-1)
-            .sum()
-        )
+        ids = torch.tensor([train[at]["input_ids"] for at in places])
+        return model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
 
     with lean_forwards(model) as lean:
         passed(model)

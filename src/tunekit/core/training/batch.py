@@ -62,5 +62,6 @@ def _with_targets(rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Pla
         for at, label in enumerate(row["labels"][1:])
         if label != IGNORED
     ]
-    places, wanted = (on_device([pair[which] for pair in pairs], device, torch.long) for which in (0, 1))
+    places = on_device([at for at, _ in pairs], device, torch.long)
+    wanted = on_device([label for _, label in pairs], device, torch.long)
     return Batch(rows=rows, inputs=inputs, place=place, places=places, wanted=wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import attrs
@@ -45,11 +46,9 @@ class StepRows:
         read = {at: train[at] for at in rows}  # once: rows are in files
         share = processes.share(rows, batching.lengths(list(read.values())))
         batches = {}
-        try:
+        with suppress(Exception):  # it comes again in the forward pass, where what is to be done about it is known
             for group in grouped(share, read, limits, padded=not way.padding_free):
                 batches[tuple(group)] = way.batch([read[at] for at in group])
-        except Exception:  # it comes again in the forward pass, where what is to be done about it is known
-            batches = {}
         tokens = sum(map(batching.supervised_tokens, read.values()))
         return cls(way=way, read=read, tokens=tokens, share=share, batches=batches)
 
@@ -66,16 +65,16 @@ def upcoming(
     make: Callable[[int], StepRows], steps: range, device: str, *, beside: bool
 ) -> Generator[StepRows, None, None]:
     """What `make` returns for each of `steps`; where `beside`, made by a thread while the step before computes."""
-    if not beside:
+    if not (beside and steps):
         yield from map(make, steps)
         return
     with ThreadPoolExecutor(1, "upcoming", _same_gpu(device)) as thread:
-        coming = thread.submit(make, steps[0]) if steps else None
-        for step in steps:
-            assert coming
+        coming = thread.submit(make, steps[0])
+        for following in steps[1:]:
             ready = coming.result()
-            coming = thread.submit(make, step + 1) if step + 1 in steps else None
+            coming = thread.submit(make, following)
             yield ready
+        yield coming.result()
 
 
 def _same_gpu(device: str) -> Callable[[], None] | None:
