@@ -315,7 +315,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_director
     assert (other.directory / adapter).read_bytes() != (run.directory / adapter).read_bytes()
 
 
-def test_observers_of_one_run_are_told_of_it(tiny_directory, tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["saved in the step", "saved beside training"])
+def test_observers_of_one_run_are_told_of_it(tiny_directory, tmp_path, beside):
     events = []
 
     class Observer:
@@ -329,19 +330,23 @@ def test_observers_of_one_run_are_told_of_it(tiny_directory, tmp_path):
 
         @tk.hookimpl
         def tunekit_saved(self, step, directory):
+            assert (directory / "checkpoint.json").is_file()  # its last file: the checkpoint is whole
             events.append(("saved", step, directory.name))
 
         @tk.hookimpl
         def tunekit_run_finished(self, error):
             events.append(("finished", error))
 
-    pipeline = make(tiny_directory, trainer=tk.SFT(max_steps=3, save_every=2))
+    pipeline = make(tiny_directory, trainer=tk.SFT(max_steps=3, save_every=2, background_saving=beside))
     pipeline.run(tmp_path / "run", observers=[Observer()])
-    assert events == [
+    saved = ("saved", 2, "step-000002")
+    told = events.index(saved)
+    # What is written beside training is told of once it is whole: after its own step, and before the end.
+    assert told == 3 or (beside and told == 4)
+    assert events[:told] + events[told + 1 :] == [
         ("started", 3),
         ("log", 1),
         ("log", 2),
-        ("saved", 2, "step-000002"),
         ("log", 3),
         ("finished", None),
     ]

@@ -71,7 +71,7 @@ def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
 
 @hookspec
 def tunekit_saved(run: RunLog, step: int, directory: Path) -> None:
-    """A whole checkpoint of `step` is in `directory`.
+    """A whole checkpoint of `step` is in `directory`. Where it was written beside training, later steps may be logged.
 
     @tunekit.hookimpl
     def tunekit_saved(directory): upload(directory)
