@@ -69,6 +69,7 @@ ORDER = [
     "core.lean.forward",
     "core.lean.lora",
     "core.lean.gated",
+    "core.lean.norm",
     "core.lean.adalora",
     "core.lean.ia3",
     "core.lean.lycoris",
@@ -173,7 +174,7 @@ IMPORTED_INSIDE = {
     "tunekit.core.training.head_loss",
     *(
         f"tunekit.core.lean.{name}"
-        for name in ("frozen", "low_rank", "lora", "gated", "adalora", "ia3", "lycoris", "loha", "lokr")
+        for name in ("frozen", "low_rank", "lora", "gated", "norm", "adalora", "ia3", "lycoris", "loha", "lokr")
     ),
 }
 """Modules that import heavy packages at their top, and are imported inside of functions themselves, or by each other."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tunekit as tk
-from tunekit.core.lean import forwards
+from tunekit.core.lean import forwards, norm
 from tunekit.core.lean.forward import LeanForward
 from tunekit.core.lean.forwards import drop_kept, lean_forwards, usual_forwards
 from tunekit.core.model.base import Base, load_base
@@ -36,6 +36,12 @@ METHODS = {
 }
 WITHOUT_DROPOUT = {name: adapter for name, adapter in METHODS.items() if "dropout" not in name and name != "pissa"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.fixture(autouse=True)
+def of_adapters_alone(monkeypatch):
+    """Normalizations compute as they do: they have tests of their own."""
+    monkeypatch.setattr(norm, "norm", lambda module: None)
 
 
 def attached(adapter, model=None, dtype="float32"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tunekit as tk
-from tunekit.core.lean import forwards
+from tunekit.core.lean import gated
 from tunekit.core.lean.forwards import lean_forwards, usual_forwards
 from tunekit.core.lean.gated import LeanGated
 from tunekit.testing import tiny_model
@@ -41,7 +41,7 @@ def passed(model):
 @pytest.fixture
 def plain(monkeypatch):
     """Has MLPs compute as they are written, from the call on."""
-    return lambda: monkeypatch.setattr(forwards, "_gated", lambda model: [])
+    return lambda: monkeypatch.setattr(gated, "gated", lambda module: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunekit.core.lean.gated import LeanGated
+    from tunekit.core.lean.norm import LeanNorm
 
 SHARE = 0.5
 """Of the memory that nothing else needs, what dequantized weights may take."""
@@ -24,8 +25,9 @@ SHARE = 0.5
 def lean_forwards(model: nn.Module, kept_bytes: int | None = None) -> Iterator[list[LeanForward]]:
     """Within it, the layers of PEFT's that are known have lean forwards, which it yields; the others keep theirs.
 
-    So has a gated MLP around a down-projection with one of LoRA's. Only the forward of these very modules is another,
-    so that parameters, their names and files are what they were. Dequantized weights are gone afterwards.
+    So have a gated MLP around a down-projection with one of LoRA's, and normalizations that are not trained. Only the
+    forward of these very modules is another, so that parameters, their names and files are what they were. Dequantized
+    weights are gone afterwards.
 
     Args:
         model: with an adapter of PEFT's.
@@ -34,7 +36,7 @@ def lean_forwards(model: nn.Module, kept_bytes: int | None = None) -> Iterator[l
     found = _lean(model, kept_bytes)
     for one in found:
         one.layer.forward = one
-    around = _gated(model) if found else []
+    around = _around(model) if found else []
     for each in around:
         each.module.forward = each
     try:
@@ -50,8 +52,9 @@ def lean_forwards(model: nn.Module, kept_bytes: int | None = None) -> Iterator[l
 def usual_forwards(model: nn.Module) -> Iterator[None]:
     """Within it, inside of `lean_forwards`, the layers have PEFT's forwards again."""
     from tunekit.core.lean.gated import LeanGated
+    from tunekit.core.lean.norm import LeanNorm
 
-    kinds = LeanForward | LeanGated
+    kinds = LeanForward | LeanGated | LeanNorm
     found = [module for module in model.modules() if isinstance(vars(module).get("forward"), kinds)]
     lean = [vars(module).pop("forward") for module in found]
     try:
@@ -108,11 +111,12 @@ def _lean(model: nn.Module, kept_bytes: int | None) -> list[LeanForward]:
     return found
 
 
-def _gated(model: nn.Module) -> list[LeanGated]:
-    """A lean forward for each gated MLP around a layer that has one."""
+def _around(model: nn.Module) -> list[LeanGated | LeanNorm]:
+    """A lean forward for each gated MLP around a layer that has one, and for each normalization."""
     from tunekit.core.lean.gated import gated
+    from tunekit.core.lean.norm import norm
 
-    return [one for module in model.modules() if (one := gated(module))]
+    return [one for module in model.modules() if (one := gated(module) or norm(module))]
 
 
 def drop_kept(model: nn.Module) -> bool:

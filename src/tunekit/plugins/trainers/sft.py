@@ -61,8 +61,8 @@ class SFT(Trainer):
         parallel: what several processes have of the model: "replicated", all of it in each; or "sharded", a piece each,
             for a model that does not fit (FSDP2). An accelerate configuration with FSDP 2 asks for "sharded" as well.
         lean: layers adapted by LoRA, AdaLoRA, IA3, LoHa and LoKr compute while training what PEFT's do, with less work
-            and, in a gated MLP over LoRA, fewer activations, where the model's loss and gradient stay the same so;
-            tried as well. Files and evaluations are as without.
+            and, in a gated MLP over LoRA and in normalizations, fewer activations, where the model's loss and gradient
+            stay the same so; tried as well. Files and evaluations are as without.
         keep_dequantized: GiB of the weights in 4 or 8 bits that lean layers keep dequantized, to multiply with them
             again and again; 0 for none, "auto" for half of the memory that a step leaves. If the memory does not
             suffice after all, they are the first to go.
