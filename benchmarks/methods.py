@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --shape 135m --rows 8 --tokens 128 --steps 5 --out benchmarks/results/methods.json
 
-All methods train on a model of random weights in the shape of SmolLM2-135M, on the same rows without padding, in one
+All methods train on a model of random weights, by default in the shape of SmolLM2-135M, on the same rows without padding, in one
 process and in turn, step by step, so that what else the machine does falls on all of them. A step is forward, backward
 and AdamW. Compared are medians of ratios to the LoRA step of the same round. Before anything is timed, each method's
 first loss by lean forwards must be that by PEFT's.
@@ -26,6 +26,16 @@ SHAPES = {
         "num_key_value_heads": 3,
         "intermediate_size": 1536,
         "vocab_size": 49152,
+    },
+    # Two of the 28 layers of Llama-3.2-3B (its config.json), and a fourth of its vocabulary: the model on which PEFT
+    # compares methods, by layers, in the memory of a small machine.
+    "3b": {
+        "hidden_size": 3072,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 32000,
     },
     "small": {
         "hidden_size": 512,

@@ -38,7 +38,11 @@ COMPARISONS = {
     "stories260k": "A very small model: stories260k",
     "scaling-least": "Where tunekit gains least: no padding, loss on every token",
 }
-TABLES = {"memory": ("Memory, planned and measured", records), "methods": ("Adapter methods beside LoRA", methods)}
+TABLES = {
+    "memory": ("Memory, planned and measured", records),
+    "methods": ("Adapter methods beside LoRA, the 135M shape", methods),
+    "methods-3b": ("Adapter methods beside LoRA, two layers of a 3B shape", methods),
+}
 
 
 MEASURED = {
