@@ -2,10 +2,10 @@
 
     python benchmarks/methods.py --shape 135m --rows 8 --tokens 128 --steps 5 --out benchmarks/results/methods.json
 
-All methods train on a model of random weights, by default in the shape of SmolLM2-135M, on the same rows without padding,
-in one process and in turn, step by step, so that what else the machine does falls on all of them. A step is forward,
-backward and AdamW. Compared are medians of ratios to the LoRA step of the same round. Before anything is timed, each
-method's first loss by lean forwards must be that by PEFT's.
+All methods train on a model of random weights, by default in the shape of SmolLM2-135M, on the same rows without
+padding, in one process and in turn, step by step, so that what else the machine does falls on all of them. A step is
+forward, backward and AdamW. Compared are medians of ratios to the LoRA step of the same round. Before anything is
+timed, each method's first loss by lean forwards must be that by PEFT's.
 """
 
 import argparse
