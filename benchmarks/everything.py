@@ -21,7 +21,7 @@ from scaling import main as scale
 from speed import measure, write
 
 RESULTS = Path(__file__).parent / "results"
-MAIN = Workload(shape="135m", rows_per_step=8, steps=2)
+MAIN = Workload(shape="135m", rows_per_step=8, steps=4)
 LEVERS = Workload(shape="135m", rows_per_step=4, steps=4)
 LARGE = Workload(shape="0.5b", rows_per_step=8, steps=2)
 FULL = Workload(shape="0.5b", rows_per_step=10, steps=2)

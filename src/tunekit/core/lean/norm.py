@@ -66,7 +66,7 @@ class _Normalized(torch.autograd.Function):  # type: ignore[misc]
         full = x.float()  # (..., features)
         over = full.pow(2).mean(-1, keepdim=True).add_(epsilon).rsqrt_()  # as Llama's, to the last bit
         ctx.save_for_backward(x, weight, over)
-        return (full * over).to(x.dtype).mul_(weight)
+        return weight * (full * over).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
