@@ -52,7 +52,7 @@ def make(base, adapter, steps=36, **changes):
         "data": tk.InMemory(rows=ROWS),
         "validation": 0,
         "evaluators": (),
-        "trainer": tk.SFT(max_steps=steps, batch_size=8, learning_rate=0.05, save_every=steps // 2),
+        "trainer": tk.SFT(max_steps=steps, batch_size=8, learning_rate=0.02, save_every=steps // 2),
         "added_tokens": TOKENS,
     }
     return tk.Pipeline(model=str(base), adapter=adapter, **{**parts, **changes})
