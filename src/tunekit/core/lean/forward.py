@@ -9,7 +9,7 @@ import attrs
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tunekit.core.lean.frozen import Frozen
 
@@ -52,13 +52,23 @@ class LeanForward(ABC):
 
     def knows_now(self, x: Tensor) -> bool:
         """Whether the layer does with `x`, as things are, what `compute` does."""
-        import torch
-
-        casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
-        return not (self.layer.disable_adapters or self.layer.merged or casting) and self.takes(x.dtype)
+        return not (self.layer.disable_adapters or self.layer.merged or is_cast(x)) and self.takes(x.dtype)
 
     def tensors(self) -> list[Tensor]:
         """The adapter's trained tensors."""
         tables = [getattr(self.layer, part) for part in self.parts]
         found = [table[self.adapter] for table in tables if self.adapter in table]
         return [getattr(one, "weight", one) for one in found]
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether torch casts what is computed on `x`, as things are."""
+    import torch
+
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody is told when `module` computes, forward or backward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)

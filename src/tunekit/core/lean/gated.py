@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from tunekit.core.lean.forward import is_hooked
 from tunekit.core.lean.frozen import Frozen
 from tunekit.core.lean.lora import LeanLoRA
 from tunekit.core.lean.low_rank import multiplied
@@ -53,8 +54,7 @@ def gated(module: nn.Module) -> LeanGated | None:
     if {name for name, _ in module.named_children()} != PARTS or "forward" in vars(module):
         return None
     down = vars(module.down_proj).get("forward")
-    hooks = [*module.down_proj._forward_pre_hooks, *module.down_proj._forward_hooks, *module.down_proj._backward_hooks]
-    plain = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation") and not hooks
+    plain = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation") and not is_hooked(module.down_proj)
     return LeanGated(module, down) if plain and type(down) is LeanLoRA else None
 
 

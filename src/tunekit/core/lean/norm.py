@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from tunekit.core.lean.forward import is_cast, is_hooked
+
 
 @attrs.define(eq=False)
 class LeanNorm:
@@ -26,8 +28,7 @@ class LeanNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """What the module's own forward gives."""
         weight = self.module.weight
-        casting = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
-        if casting or weight.requires_grad or weight.dtype is not x.dtype:
+        if is_cast(x) or weight.requires_grad or weight.dtype is not x.dtype:
             found: Tensor = type(self.module).forward(self.module, x)
             return found
         found = _Normalized.apply(x, weight, self.module.variance_epsilon)
@@ -40,13 +41,13 @@ def norm(module: nn.Module) -> LeanNorm | None:
     Transformers has a copy of that in most of its models. Whether the code is the same is looked at, and no name:
     others of such a name add one to the weight, or take another mean.
     """
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    hooks = [*module._forward_pre_hooks, *module._forward_hooks, *module._backward_hooks, *module._backward_pre_hooks]
     weight = getattr(module, "weight", None)
-    alone = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad and not hooks
-    same = alone and "forward" not in vars(module) and _code(type(module)) == _code(LlamaRMSNorm)
-    return LeanNorm(module) if same else None
+    frozen = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad
+    if not (frozen and hasattr(module, "variance_epsilon")) or "forward" in vars(module) or is_hooked(module):
+        return None
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # not for models that have nothing of the kind
+
+    return LeanNorm(module) if _code(type(module)) == _code(LlamaRMSNorm) else None
 
 
 def _code(kind: type[nn.Module]) -> tuple[Any, ...]:
