@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test may reach for the network: a Hub id that is not in the cache must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What is computed does not depend on the processor: not in fixtures of a module, and not in processes that are started.
+os.environ["TUNEKIT_CPU_DTYPE"] = "float32"
 
 # A busy machine is no reason for a property to fail; half of the usual examples, so that the suite stays short.
 settings.register_profile("tunekit", deadline=None, max_examples=50)
@@ -57,15 +59,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of encoded rows for the tests alone, also for the processes they start."""
     os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return Path(os.environ["TUNEKIT_CACHE"])
-
-
-@pytest.fixture(autouse=True)
-def same_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every processor is one without bfloat16: what tests compute does not depend on the machine."""
-    from tunekit.core.model import precision
-
-    asked = precision.multiplies_bfloat16
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: device != "cpu" and asked(device))
 
 
 @pytest.fixture(scope="module", autouse=True)

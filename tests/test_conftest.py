@@ -6,8 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tunekit as tk
+import pytest
 
+import tunekit as tk
+from tunekit.core.model.precision import choose_precision
+
+HELD = f"""
+import tunekit as tk
+from {choose_precision.__module__} import choose_precision
+print(choose_precision(None, "cpu", tk.LoRA()))
+"""
 TESTS = """
 import pytest
 
@@ -40,3 +48,15 @@ def test_the_tiny_directory_is_a_model_to_train(tiny_directory: Path) -> None:
     plan = tk.Pipeline(model=str(tiny_directory), data=tk.InMemory(rows=rows), validation=0).plan()
     assert plan.rows == 2
     assert 0 < plan.trainable_parameters < plan.total_parameters
+
+
+@pytest.fixture(scope="module")
+def held_by_a_fixture() -> str:
+    return str(choose_precision(None, "cpu", tk.LoRA()))
+
+
+def test_a_base_is_held_in_float32_on_any_processor_in_fixtures_of_a_module_and_in_processes(held_by_a_fixture) -> None:
+    said = "float32: TUNEKIT_CPU_DTYPE says so"
+    assert held_by_a_fixture == said
+    shown = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True).stdout
+    assert shown == said + "\n"

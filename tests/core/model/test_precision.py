@@ -11,7 +11,12 @@ from tunekit.testing import tiny_model
 from tunekit.testing.harness import ROWS
 
 FROZEN, TRAINED = tk.LoRA(), tk.Full()
-ASKED = precision.multiplies_bfloat16  # the real one: for all tests there is a processor without bfloat16
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    """Here the processor is asked, or what stands in for it; all other tests say what to take."""
+    monkeypatch.delenv("TUNEKIT_CPU_DTYPE")
 
 
 @pytest.mark.parametrize(
@@ -39,19 +44,42 @@ def test_the_hardware_is_not_asked_where_the_choice_does_not_depend_on_it(monkey
     assert choose_precision(None, "cpu", TRAINED).dtype == "float32"
 
 
+@pytest.mark.parametrize("named", ["float32", "bfloat16"])
+def test_the_environment_names_the_dtype_of_frozen_weights_on_the_cpu_alone(named, monkeypatch):
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[named]
+    monkeypatch.setenv("TUNEKIT_CPU_DTYPE", named)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: named == "float32")
+    found = choose_precision(None, "cpu", FROZEN)
+    assert str(found) == f"{named}: TUNEKIT_CPU_DTYPE says so"
+    assert found.smaller is None, "it is the user's word, and not left where memory is short"
+    assert choose_precision(other, "cpu", FROZEN).dtype == other
+    assert choose_precision(None, "cpu", TRAINED).dtype == "float32"
+    assert choose_precision(None, "cuda", FROZEN).dtype == other
+
+
+def test_another_dtype_in_the_environment_is_refused_by_check(monkeypatch):
+    monkeypatch.setenv("TUNEKIT_CPU_DTYPE", "float16")
+    with pytest.raises(
+        tk.ConfigError, match="TUNEKIT_CPU_DTYPE: must be 'float32', 'bfloat16' or unset, got 'float16'"
+    ):
+        tk.Pipeline(model=tk.TINY, data=tk.InMemory(rows=ROWS)).check()
+    monkeypatch.setenv("TUNEKIT_CPU_DTYPE", "")
+    tk.Pipeline(model=tk.TINY, data=tk.InMemory(rows=ROWS)).check()
+
+
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("avx512_bf16", [False, True])
 def test_a_processor_has_it_with_amx_or_avx512_bf16(amx, avx512_bf16, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    assert ASKED("cpu") is (amx or avx512_bf16)
+    assert precision.multiplies_bfloat16("cpu") is (amx or avx512_bf16)
 
 
 def test_a_gpu_has_it_where_torch_need_not_emulate_it(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or torch.no_grad())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    assert ASKED("cuda:1")
+    assert precision.multiplies_bfloat16("cuda:1")
     assert asked == ["cuda:1"]
 
 

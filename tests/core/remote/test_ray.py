@@ -292,4 +292,15 @@ def test_workers_with_a_gpu_each_see_it_alone_and_take_the_first_they_see():
     found = variables([place("a", 1), place("a", 2)], gpus=1)
     assert [each["LOCAL_RANK"] for each in found] == ["0", "0"]
     assert all("CUDA_VISIBLE_DEVICES" not in each for each in found)
-    assert variables([place("a", 1)], gpus=1) == [{}]  # one that is alone is no distributed process
+    alone = variables([place("a", 1)], gpus=1)  # one that is alone is not a distributed process
+    assert alone == [{"TUNEKIT_CPU_DTYPE": "float32"}]
+
+
+@pytest.mark.parametrize(("said", "told"), [("bfloat16", {"TUNEKIT_CPU_DTYPE": "bfloat16"}), (None, {})])
+def test_workers_hold_the_base_in_the_dtype_named_where_the_run_was_asked_for(said, told, monkeypatch):
+    monkeypatch.delenv("TUNEKIT_CPU_DTYPE")
+    if said:
+        monkeypatch.setenv("TUNEKIT_CPU_DTYPE", said)
+    for workers in ([place("a", 1)], [place("a", 1), place("b", 2)]):
+        for each in variables(workers, gpus=0):
+            assert {name: value for name, value in each.items() if name.startswith("TUNEKIT")} == told

@@ -189,7 +189,10 @@ def test_too_little_memory_is_an_error_before_weights_are_loaded(tiny_directory,
     assert not (tmp_path / "run").exists()
 
 
-def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp_path):
+def test_only_where_nothing_else_makes_it_fit_the_base_is_held_in_fewer_bits(tmp_path, monkeypatch):
+    monkeypatch.delenv("TUNEKIT_CPU_DTYPE")
+    monkeypatch.setattr("tunekit.core.model.precision.multiplies_bfloat16", lambda device: False)
+
     class Stops:
         @tk.hookimpl
         def tunekit_saved(self):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
+from tunekit.core.model.precision import VARIABLE
 from tunekit.core.remote.job import Job
 
 
@@ -69,15 +70,18 @@ class Worker:
 
 
 def variables(workers: Sequence[Whereabouts], gpus: float) -> list[dict[str, str]]:
-    """What is to be in the environment of each worker, as torchrun would set it; none for one that is alone."""
+    """What is to be in the environment of each worker: what torchrun would set, and what all of them have."""
     # Not left to Ray, which is about to show all GPUs to those that asked for none.
-    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    common = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    # Said where the run is asked for, it holds on every machine of the cluster.
+    if VARIABLE in os.environ:
+        common[VARIABLE] = os.environ[VARIABLE]
     if len(workers) == 1:
-        return [hidden]
+        return [common]
     hosts = [worker.node for worker in workers]
     return [
         {
-            **hidden,
+            **common,
             "RANK": str(rank),
             "WORLD_SIZE": str(len(workers)),
             # Ray shows each worker its own GPU alone, which is the first that it sees.
