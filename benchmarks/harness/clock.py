@@ -10,7 +10,7 @@ from pathlib import Path
 
 import attrs
 
-PACKAGES = ("tunekit", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = ("tunekit-sdk", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 @attrs.define

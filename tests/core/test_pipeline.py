@@ -228,7 +228,7 @@ def test_the_environment_says_what_made_the_run_and_holds_no_secret(tiny_directo
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["python"] == sys.version.split()[0]
     assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 0)
-    assert {"name": "builtin", "distribution": "tunekit", "status": "loaded"}.items() <= environment["plugins"][
+    assert {"name": "builtin", "distribution": "tunekit-sdk", "status": "loaded"}.items() <= environment["plugins"][
         0
     ].items()
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
@@ -238,7 +238,7 @@ def test_an_adapter_says_what_it_needs_to_be_used(finished):
     pipeline, run = finished
     stated = json.loads((run.directory / "adapter" / "tunekit.json").read_text())
     assert stated["component"] == "adapter/lora"
-    assert stated["distribution"] == "tunekit"
+    assert stated["distribution"] == "tunekit-sdk"
     assert stated["adapter"] == pipeline.to_dict()["adapter"]
     assert (stated["base"]["model"], stated["base"]["revision"]) == (Path(pipeline.model).name, None)
     assert "<|im_start|>" in stated["template"]

@@ -10,7 +10,8 @@ import attrs
 import pytest
 
 import tunekit as tk
-from tunekit.core.registry import PROJECT, Registry
+from tunekit.core.hookspecs import DISTRIBUTION
+from tunekit.core.registry import Registry
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_nothing_is_looked_for_before_the_first_lookup(registry_with):
 def test_built_ins_come_first_and_the_others_in_the_order_of_their_distributions(registry_with):
     registry = registry_with("fake-twin-two", "fake-working", "fake-shadow", "fake-twin-one")
     distributions = [plugin.distribution for plugin in registry.plugins()]
-    others = [name for name in distributions if name != PROJECT]
-    assert distributions[: -len(others)] == [PROJECT] * (len(distributions) - len(others))
+    others = [name for name in distributions if name != DISTRIBUTION]
+    assert distributions[: -len(others)] == [DISTRIBUTION] * (len(distributions) - len(others))
     assert others == sorted(others)
 
 
@@ -179,13 +180,13 @@ def test_a_disabled_plugin_is_recorded_and_not_imported(registry_with, disabled)
 def test_disabling_all_plugins_leaves_the_built_ins(registry_with):
     registry = registry_with("fake-working", TUNEKIT_DISABLE_PLUGINS="*")
     assert registry.find("adapter", "lora") is tk.LoRA
-    assert {plugin.distribution for plugin in registry.plugins() if plugin.status == "loaded"} == {PROJECT}
+    assert {plugin.distribution for plugin in registry.plugins() if plugin.status == "loaded"} == {DISTRIBUTION}
 
 
 def test_one_built_in_plugin_can_be_disabled_by_its_name(registry_with):
     registry = registry_with(TUNEKIT_DISABLE_PLUGINS="progress")
     assert [plugin.name for plugin in registry.plugins() if plugin.status == "disabled"] == ["progress"]
-    assert "tunekit/progress" not in registry.modules()
+    assert "tunekit-sdk/progress" not in registry.modules()
 
 
 # Names -----------------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_distribution_and_name_pick_one_of_two_and_recipes_write_it_so(registry_
 def test_distribution_and_name_work_where_the_name_alone_would_do(registry_with):
     registry = registry_with("fake-working")
     assert registry.find("evaluator", "fake-working/luck") is registry.find("evaluator", "luck")
-    assert registry.find("adapter", "tunekit/lora") is tk.LoRA
+    assert registry.find("adapter", "tunekit-sdk/lora") is tk.LoRA
 
 
 @pytest.mark.parametrize("name", ["luck", "skill"])
@@ -266,7 +267,7 @@ def test_provenance_names_component_distribution_and_version(registry_with):
     made_by = {"distribution": "fake-working", "version": "1.0"}
     assert registry.provenance(find("luck")) == {"component": "evaluator/luck", **made_by}
     assert registry.provenance(find("skill")) == {"component": "evaluator/skill", **made_by}
-    assert registry.provenance(tk.LoRA)["distribution"] == PROJECT
+    assert registry.provenance(tk.LoRA)["distribution"] == DISTRIBUTION
     assert registry.provenance(registry.find("adapter", "fake-shadow/lora"))["distribution"] == "fake-shadow"
 
 
@@ -310,7 +311,7 @@ def test_a_class_that_is_defined_anew_replaces_the_older_one(registry_with):
     assert registry.find("evaluator", "home-made") is newer
 
 
-@pytest.mark.parametrize(("name", "owner"), [("perplexity", PROJECT), ("luck", "fake-working 1.0")])
+@pytest.mark.parametrize(("name", "owner"), [("perplexity", DISTRIBUTION), ("luck", "fake-working 1.0")])
 def test_a_name_that_is_taken_cannot_be_registered(registry_with, name, owner):
     registry = registry_with("fake-working")
     with pytest.raises(tk.PluginError, match=f"{owner}.* already offers '{name}'; choose another name"):
@@ -339,7 +340,7 @@ def test_plugins_prints_a_table_and_returns_the_records(capsys):
     header, rule, first, *others = capsys.readouterr().out.splitlines()
     assert header.split("  ")[0] == "plugin"
     assert set(rule) == {"-", " "}
-    assert first.split()[:2] == ["builtin", PROJECT]
+    assert first.split()[:2] == ["builtin", DISTRIBUTION]
     assert "adapter/lora" in [line.strip() for line in others], "one component a line"
     assert isinstance(found, tk.Plugins)
     assert all(isinstance(plugin, tk.Plugin) for plugin in found)

@@ -166,7 +166,7 @@ def test_the_built_ins_in_the_readme_are_those_of_the_registry() -> None:
     builtin = {
         tuple(component.split("/"))
         for plugin in registry.plugins()
-        if plugin.distribution == "tunekit"
+        if plugin.distribution == "tunekit-sdk"
         for component in plugin.components
     }
     assert listed == {(registry.find(kind, name).__name__, kind, name) for kind, name in builtin}

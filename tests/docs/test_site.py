@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mkdocs", reason="pip install tunekit[docs]")
-pytest.importorskip("material", reason="pip install tunekit[docs]")
+pytest.importorskip("mkdocs", reason='pip install "tunekit-sdk[docs]"')
+pytest.importorskip("material", reason='pip install "tunekit-sdk[docs]"')
 
 ROOT = Path(__file__).parents[2]
 

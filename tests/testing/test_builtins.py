@@ -169,5 +169,5 @@ def test_every_builtin_is_listed_here():
 
 
 def _distributions():
-    """What is installed besides tunekit; its own tests are its own matter."""
-    return {plugin.distribution for plugin in Registry().plugins()} - {"tunekit"}
+    """What is installed besides tunekit-sdk; its own tests are its own matter."""
+    return {plugin.distribution for plugin in Registry().plugins()} - {"tunekit-sdk"}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tunekit.core.run.run_log import RunLog
 
 PROJECT = "tunekit"
+"""The import name, the group of entry points and the name of the hooks' markers."""
+DISTRIBUTION = "tunekit-sdk"
+"""What is installed: on PyPI, `tunekit` is another project."""
 API = 1
 """Version of the plugin interface. A plugin module may state `TUNEKIT_API = 1`; with another it is not loaded."""
 

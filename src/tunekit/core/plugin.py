@@ -15,7 +15,7 @@ from tunekit.core import hookspecs
 from tunekit.core.common.table import table
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
-from tunekit.core.hookspecs import PROJECT, Lazy
+from tunekit.core.hookspecs import DISTRIBUTION, PROJECT, Lazy
 from tunekit.core.interfaces import INTERFACES, Evaluator, interface_of
 from tunekit.errors import PluginError
 
@@ -73,7 +73,7 @@ class Offer:
     @property
     def is_builtin(self) -> bool:
         """Whether tunekit itself offers it."""
-        return self.plugin.distribution == PROJECT
+        return self.plugin.distribution == DISTRIBUTION
 
     def is_of(self, component: type[Component]) -> bool:
         """Whether this offers that very class."""

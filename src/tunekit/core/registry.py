@@ -23,7 +23,7 @@ import attrs
 
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
-from tunekit.core.hookspecs import API, PROJECT
+from tunekit.core.hookspecs import API, DISTRIBUTION, PROJECT
 from tunekit.core.interfaces import interface_of
 from tunekit.core.plugin import Offer, Plugin, Plugins, check_component, components_of
 from tunekit.errors import AmbiguousComponent, PluginError, PluginWarning, UnknownComponent
@@ -80,7 +80,7 @@ class Registry:
         """
         interface_of(kind)
         distribution, _, bare = name.rpartition("/")
-        if distribution in ("", PROJECT) and (own := self._built_in(kind, bare)):
+        if distribution in ("", DISTRIBUTION) and (own := self._built_in(kind, bare)):
             return own.resolve()
         self._discover()
         offers = self._offers.get((kind, bare), [])
@@ -161,10 +161,12 @@ class Registry:
             if self._begun:
                 return
             self._plugins, self._modules, self._offers = [], {}, {}
-            version = _version(PROJECT)
+            version = _version(DISTRIBUTION)
             for name, module in self._builtins.items():
-                plugin = Plugin(name=name, distribution=PROJECT, version=version)
+                plugin = Plugin(name=name, distribution=DISTRIBUTION, version=version)
                 self._admit(plugin, functools.partial(importlib.import_module, module), name in self._disabled)
+            if stranger := _stranger():
+                self._set_aside(stranger, None)
             self._begun = True
 
     def _discover(self) -> None:
@@ -235,6 +237,21 @@ class Registry:
 def _entry_points() -> Sequence[importlib.metadata.EntryPoint]:
     points = importlib.metadata.entry_points(group=PROJECT)
     return sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))
+
+
+def _stranger() -> Plugin | None:
+    """The distribution `tunekit`, which is another project, where it brings a package of our import name."""
+    try:
+        found = importlib.metadata.distribution(PROJECT)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if not any(file.parts[0] == PROJECT for file in found.files or ()):
+        return None
+    reason = (
+        f"it is another project with the import name {PROJECT}, and replaces files of {DISTRIBUTION}: "
+        f"pip uninstall {PROJECT}, then pip install --force-reinstall --no-deps {DISTRIBUTION}"
+    )
+    return Plugin(name=PROJECT, distribution=PROJECT, version=found.version, status="incompatible", error=reason)
 
 
 def _names(text: str) -> set[str]:

@@ -32,7 +32,7 @@ def place(point):
 
 
 def test_the_axes_of_costs_far_apart_are_logarithmic():
-    pytest.importorskip("matplotlib", reason="pip install tunekit[plots]")
+    pytest.importorskip("matplotlib", reason='pip install "tunekit-sdk[plots]"')
     from tunekit.core.common.plots import against
 
     near = against([Point("a", 1, 1), Point("b", 2, 2)], ("seconds", "nll"), ("min", "min"))

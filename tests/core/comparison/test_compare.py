@@ -488,7 +488,7 @@ def test_a_comparison_is_read_again_where_it_was_moved_to(compared, tmp_path):
 
 
 def test_a_run_and_a_comparison_are_plotted(compared, tmp_path):
-    pytest.importorskip("matplotlib", reason="pip install tunekit[plots]")
+    pytest.importorskip("matplotlib", reason='pip install "tunekit-sdk[plots]"')
     figure = compared.plot("perplexity")
     (axes,) = figure.axes
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"lora-rank-2", "ia3", "base"}
@@ -513,7 +513,7 @@ def test_a_run_and_a_comparison_are_plotted(compared, tmp_path):
 
 def test_without_matplotlib_a_plot_says_what_to_install(compared, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(tk.ConfigError, match=r"plots need matplotlib: pip install tunekit\[plots\]"):
+    with pytest.raises(tk.ConfigError, match=r'plots need matplotlib: pip install "tunekit-sdk\[plots\]"'):
         compared.run("ia3").plot("loss")
 
 

@@ -13,7 +13,7 @@ from tunekit.core.comparison import comparison_report
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"quoted\""
 ROWS = [{"prompt": f"repeat {n}", "completion": " ".join([str(n)] * (1 + n % 5))} for n in range(12)]
 needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="pip install tunekit[plots]"
+    importlib.util.find_spec("matplotlib") is None, reason='pip install "tunekit-sdk[plots]"'
 )
 
 
@@ -91,7 +91,7 @@ def test_each_figure_has_every_arm_in_its_colour(compared, pages):
 
 
 def test_without_matplotlib_the_page_says_so_and_before_any_run_it_says_that(compared, pages, tmp_path):
-    assert "pip install tunekit[plots]" in pages[False]
+    assert 'pip install "tunekit-sdk[plots]"' in pages[False]
     assert "<svg" not in pages[False]
     runs = tuple(tk.ArmRun(seed=seed, steps=2, error="not run yet") for seed in compared.seeds)
     empty = attrs.evolve(compared, arms=tuple(attrs.evolve(arm, runs=runs) for arm in compared.arms))

@@ -21,7 +21,7 @@ from tunekit.core.remote.worker import Whereabouts, variables
 from tunekit.core.run import checkpoint, files, lock
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed (pip install 'tunekit[ray]')")
+needs_ray = pytest.mark.skipif(not HAS_RAY, reason='ray is not installed (pip install "tunekit-sdk[ray]")')
 
 ROWS = [{"prompt": f"repeat {n}", "completion": "ab " * (1 + n * n)} for n in range(9)]
 """Of very different lengths; four a step, so that the last step of an epoch leaves a worker without rows."""
@@ -210,7 +210,7 @@ def test_an_address_at_which_nobody_listens_is_named_at_once(address, monkeypatc
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
-    with pytest.raises(tk.ConfigError, match=r"pip install 'tunekit\[ray\]'"):
+    with pytest.raises(tk.ConfigError, match=r'pip install "tunekit-sdk\[ray\]"'):
         make(tk.LoRA()).run(tmp_path / "run", on=tk.Ray())
     assert not (tmp_path / "run").exists()
 

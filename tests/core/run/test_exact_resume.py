@@ -53,7 +53,7 @@ def model(tmp_path_factory):
 
 
 def test_every_built_in_method_and_quantizer_is_among_the_cases():
-    offered = {name for plugin in tk.plugins() if plugin.distribution == "tunekit" for name in plugin.components}
+    offered = {name for plugin in tk.plugins() if plugin.distribution == "tunekit-sdk" for name in plugin.components}
     quantizers = [case.get("quantizer") or case["adapter"].default_quantizer() for case in CASES.values()]
     named = {f"adapter/{case['adapter'].name}" for case in CASES.values()}
     named |= {f"quantizer/{quantizer.name}" for quantizer in quantizers if quantizer}

@@ -46,7 +46,7 @@ PAGE = {
 TABLES = {"table", "thead", "tbody", "tr", "th", "td", "pre", "b", "span", "ul", "li"}
 pytestmark = pytest.mark.figures
 needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="pip install tunekit[plots]"
+    importlib.util.find_spec("matplotlib") is None, reason='pip install "tunekit-sdk[plots]"'
 )
 
 
@@ -228,7 +228,7 @@ def test_every_curve_is_drawn_in_the_colour_of_the_text(pages):
 
 def test_without_matplotlib_the_figures_are_a_table_that_says_so(run, pages):
     page = pages[False]
-    assert "pip install tunekit[plots]" in page
+    assert 'pip install "tunekit-sdk[plots]"' in page
     assert "<svg" not in page
     loss = {line["step"]: line["loss"] for line in run.history if "loss" in line}
     for step, value in loss.items():

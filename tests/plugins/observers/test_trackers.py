@@ -75,7 +75,7 @@ def read_events(directory):
 
 
 def test_tensorboard_reads_every_metric_at_its_step_and_the_recipe(tmp_path):
-    pytest.importorskip("tensorboard", reason="pip install tunekit[tensorboard]")
+    pytest.importorskip("tensorboard", reason='pip install "tunekit-sdk[tensorboard]"')
     show(tmp_path / "run", tk.TensorBoard())
     scalars, text = read_events(tmp_path / "run")
     assert scalars == {**EXPECTED, "base/perplexity": [(0, 9.0)], "tuned/perplexity": [(3, 4.5)]}
@@ -83,7 +83,7 @@ def test_tensorboard_reads_every_metric_at_its_step_and_the_recipe(tmp_path):
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
-    pytest.importorskip("tensorboard", reason="pip install tunekit[tensorboard]")
+    pytest.importorskip("tensorboard", reason='pip install "tunekit-sdk[tensorboard]"')
     show(tmp_path / "run", tk.TensorBoard(), logged=[*LOGGED[:3], (3, {"loss": 99.0})], error=KeyboardInterrupt())
     show(tmp_path / "run", tk.TensorBoard(), logged=LOGGED[3:], resumed=Resumed())
     scalars, _ = read_events(tmp_path / "run")
@@ -91,7 +91,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
 
 
 def test_one_tensorboard_follows_several_runs(tmp_path):
-    pytest.importorskip("tensorboard", reason="pip install tunekit[tensorboard]")
+    pytest.importorskip("tensorboard", reason='pip install "tunekit-sdk[tensorboard]"')
     observer = tk.TensorBoard()
     for name in ("a", "b"):
         show(tmp_path / name, observer)
@@ -101,7 +101,7 @@ def test_one_tensorboard_follows_several_runs(tmp_path):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A local MLflow store of files: quick; that of SQLite takes seconds to make."""
-    pytest.importorskip("mlflow", reason="pip install tunekit[mlflow]")
+    pytest.importorskip("mlflow", reason='pip install "tunekit-sdk[mlflow]"')
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     return (tmp_path / "mlruns").as_uri()
@@ -140,7 +140,7 @@ def test_mlflow_has_a_resumed_run_as_one_and_sees_a_failure(tmp_path, store):
 
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_has_an_offline_run_in_the_run_directory(tmp_path):
-    pytest.importorskip("wandb", reason="pip install tunekit[wandb]")
+    pytest.importorskip("wandb", reason='pip install "tunekit-sdk[wandb]"')
     observer, logged = tk.Wandb(mode="offline"), {}
 
     class Looks:
@@ -161,7 +161,7 @@ def test_wandb_has_an_offline_run_in_the_run_directory(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_trackio_keeps_a_local_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio", reason="pip install tunekit[trackio]")
+    pytest.importorskip("trackio", reason='pip install "tunekit-sdk[trackio]"')
     show(tmp_path / "run", tk.Trackio())
     with sqlite3.connect(tmp_path / "trackio/tunekit.db") as database:
         lines = [(step, json.loads(text)) for step, text in database.execute("SELECT step, metrics FROM metrics")]

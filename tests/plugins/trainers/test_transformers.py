@@ -122,7 +122,7 @@ def test_what_it_cannot_do_right_it_refuses(tmp_path):
 def test_a_deepspeed_configuration_needs_its_package(monkeypatch):
     trainer = Transformers(arguments={"deepspeed": {"zero_optimization": {"stage": 2}}})
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ConfigError, match=r"pip install tunekit\[deepspeed\]"):
+    with pytest.raises(ConfigError, match=r'pip install "tunekit-sdk\[deepspeed\]"'):
         trainer.check(Context(model_id="tiny"))
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__spec__=object()))
     trainer.check(Context(model_id="tiny"))

@@ -197,7 +197,7 @@ def _line(axes: Axes, history: Sequence[Mapping[str, float]], metric: str, **opt
 def _figure(horizontal: str, vertical: str) -> tuple[Figure, Axes]:
     """An empty figure of its own: without pyplot there is no backend to choose and nothing to close."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib: pip install tunekit[plots]")
+        raise ConfigError('plots need matplotlib: pip install "tunekit-sdk[plots]"')
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")

@@ -129,7 +129,7 @@ class Ray:
 def connect(address: str | None) -> None:
     """Connect this process to the cluster, if it is not connected. ConfigError if there is no Ray, or no cluster."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("needs ray: pip install 'tunekit[ray]'", "Ray")
+        raise ConfigError('needs ray: pip install "tunekit-sdk[ray]"', "Ray")
     import ray
 
     if ray.is_initialized():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tunekit.core import recipe
 from tunekit.core.data import contract
 from tunekit.core.data.codec import Codec
+from tunekit.core.hookspecs import DISTRIBUTION
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import fingerprint
 from tunekit.core.model.base import Base
@@ -56,7 +57,9 @@ def save(directory: Path, method: AdapterMethod, model: nn.Module, known: Mappin
     stated = {
         **registry.provenance(type(method)),
         "adapter": recipe.to_table(method, registry),
-        "versions": {name: importlib.metadata.version(name) for name in ("tunekit", "torch", "transformers", "peft")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in (DISTRIBUTION, "torch", "transformers", "peft")
+        },
         "base": known,
         "template": codec.template,
         "contract": _contract(codec),

@@ -7,9 +7,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tunekit.core import recipe
+from tunekit.core.hookspecs import DISTRIBUTION
 from tunekit.core.run import adapter_files, files
 
-PACKAGES = ("tunekit", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "peft", "bitsandbytes")
 
 
 def model_card(run: Path, report: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ class Harness(Evaluator):
     The harness asks the very model of the run, through its own `HFLM`, and makes the figures; its data sets come from
     the Hub, or the Hub's cache. Metrics: those that `metrics` names, which run can be compared with published ones by.
     Details: every other figure of these tasks, their versions, and the version of the harness. Tasks that run generated
-    code are refused by it. The held-out rows play no part. `pip install tunekit[harness]`.
+    code are refused by it. The held-out rows play no part. `pip install "tunekit-sdk[harness]"`.
 
     Args:
         metrics: which figures of which tasks, and which direction is better: "arc_easy/acc_norm", or with the name of a

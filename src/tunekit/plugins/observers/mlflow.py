@@ -14,7 +14,7 @@ from tunekit.plugins.observers import tracking
 
 @attrs.define(eq=False, kw_only=True)
 class Mlflow:
-    """An observer that logs recipe, metrics and outcome to MLflow. Needs `pip install tunekit[mlflow]`.
+    """An observer that logs recipe, metrics and outcome to MLflow. Needs `pip install "tunekit-sdk[mlflow]"`.
 
     MLflow has telemetry of its own, which `MLFLOW_DISABLE_TELEMETRY=true` switches off.
 

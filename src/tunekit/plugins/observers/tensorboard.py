@@ -16,8 +16,8 @@ from tunekit.plugins.observers import tracking
 class TensorBoard:
     """An observer that writes every metric into `tensorboard` in the run directory, for `tensorboard --logdir runs`.
 
-    Needs `pip install tunekit[tensorboard]`. The recipe is there as text; metrics before and after training stand at
-    step 0 and at the last step, as `base/...` and `tuned/...`.
+    Needs `pip install "tunekit-sdk[tensorboard]"`. The recipe is there as text; metrics before and after training stand
+    at step 0 and at the last step, as `base/...` and `tuned/...`.
     """
 
     _writer: Any = attrs.field(default=None, init=False)

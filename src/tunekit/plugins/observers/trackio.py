@@ -14,7 +14,7 @@ from tunekit.plugins.observers import tracking
 
 @attrs.define(eq=False, kw_only=True)
 class Trackio:
-    """An observer that logs recipe, metrics and outcome to Trackio. Needs `pip install tunekit[trackio]`.
+    """An observer that logs recipe, metrics and outcome to Trackio. Needs `pip install "tunekit-sdk[trackio]"`.
 
     Args:
         project: the project's name.

@@ -15,7 +15,7 @@ from tunekit.plugins.observers import tracking
 
 @attrs.define(eq=False, kw_only=True)
 class Wandb:
-    """An observer that logs recipe, metrics and outcome to Weights & Biases. Needs `pip install tunekit[wandb]`.
+    """An observer that logs recipe, metrics and outcome to Weights & Biases. Needs `pip install "tunekit-sdk[wandb]"`.
 
     Args:
         project: the project's name.

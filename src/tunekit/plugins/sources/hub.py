@@ -14,7 +14,7 @@ from tunekit.plugins.sources.arrow import plain_rows
 
 @attrs.frozen(kw_only=True)
 class Hub(RowSource):
-    """A data set of the Hugging Face Hub, or a directory of data files, through `datasets` (tunekit[data]).
+    """A data set of the Hugging Face Hub, or a directory of data files, through `datasets`.
 
     It is downloaded once and then read from the local cache, a batch at a time. Code of a data set's repository is
     never run: `datasets` 4 cannot. Where its files are CSV, `datasets` guesses types, so that "007" is a number; a

@@ -37,7 +37,7 @@ class Table(RowSource):
 
     CSV and TSV are read by Python's csv module, because readers that guess types change texts: "007" becomes 7 and "NA"
     nothing. Here every cell is the text that it is. A row with too many or too few cells is an error. Parquet and Arrow
-    need `pip install tunekit[data]`.
+    are read by pyarrow.
 
     Args:
         path: a file, a glob pattern (`data/*.csv`; its files come sorted), or several of these.
@@ -61,7 +61,7 @@ class Table(RowSource):
         """The files must be there, of a known format, and the package that reads it installed."""
         for path in find(self.path, "Table.path"):
             if self._format_of(path) in ("parquet", "arrow") and importlib.util.find_spec("pyarrow") is None:
-                raise ConfigError(f"{path} needs pyarrow: pip install tunekit[data]", "Table.path")
+                raise ConfigError(f"{path} needs pyarrow: pip install pyarrow", "Table.path")
         check_encoding(self.encoding, "Table.encoding")
         for field, text in (("delimiter", self.delimiter or ","), ("quote", self.quote or '"')):
             if len(text) != 1 or text in "\r\n":

@@ -75,7 +75,9 @@ class Transformers(Trainer):
     def check(self, context: Context) -> None:
         """The package behind DeepSpeed must be installed."""
         if self.zero_stage is not None and importlib.util.find_spec("deepspeed") is None:
-            raise ConfigError("needs deepspeed: pip install tunekit[deepspeed]", "Transformers.arguments.deepspeed")
+            raise ConfigError(
+                'needs deepspeed: pip install "tunekit-sdk[deepspeed]"', "Transformers.arguments.deepspeed"
+            )
 
     def planned_steps(self, rows: int) -> int:
         """Optimizer steps on `rows` rows, by the Trainer's own arithmetic for as many processes as were started."""
