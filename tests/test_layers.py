@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     # what is needed everywhere
     "core.common.table",
+    "core.common.distributions",
     "core.common.writing",
     "core.common.free_memory",
     "core.common.random_states",

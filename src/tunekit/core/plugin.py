@@ -89,13 +89,25 @@ class Offer:
         module, _, attribute = lazy.target.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except BaseException as error:  # whatever its module does at import, it is to be said whose it is
+            if is_users(error):
+                raise
             raise PluginError(
                 f"plugin {self.plugin.name!r} of {self.plugin.origin} names {lazy.target!r}, "
-                f"which cannot be imported: {error}"
+                f"which cannot be imported: {said(error)}"
             ) from error
         check_component(found, lazy.kind, lazy.name)
         return found  # type: ignore[no-any-return]
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the user interrupted: everything else that ends an import is the plugin's own, an exit included."""
+    return type(error) is KeyboardInterrupt
+
+
+def said(error: BaseException) -> str:
+    """What an error of an import says; its type, too, unless it is one of those that say by themselves what it was."""
+    return str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
 
 
 def components_of(module: Any) -> Sequence[type[Component] | Lazy]:

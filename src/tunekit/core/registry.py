@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
 import attrs
 
+from tunekit.core.common import distributions
 from tunekit.core.component import Component
 from tunekit.core.fields import did_you_mean
 from tunekit.core.hookspecs import API, DISTRIBUTION, PROJECT
 from tunekit.core.interfaces import interface_of
-from tunekit.core.plugin import Offer, Plugin, Plugins, check_component, components_of
+from tunekit.core.plugin import Offer, Plugin, Plugins, check_component, components_of, is_users
 from tunekit.errors import AmbiguousComponent, PluginError, PluginWarning, UnknownComponent
 
 BUILTINS: Mapping[str, str] = {
@@ -161,7 +161,7 @@ class Registry:
             if self._begun:
                 return
             self._plugins, self._modules, self._offers = [], {}, {}
-            version = _version(DISTRIBUTION)
+            version = distributions.version(DISTRIBUTION)
             for name, module in self._builtins.items():
                 plugin = Plugin(name=name, distribution=DISTRIBUTION, version=version)
                 self._admit(plugin, functools.partial(importlib.import_module, module), name in self._disabled)
@@ -176,15 +176,21 @@ class Registry:
                 return
             self._begin()
             self._begun = False  # begun anew after a strict error, so that the second lookup fails like the first
-            for point in _entry_points():
-                distribution = point.dist.name if point.dist else "unknown"
-                plugin = Plugin(
-                    name=point.name,
-                    distribution=distribution,
-                    version=point.dist.version if point.dist else "unknown",
-                )
-                self._admit(plugin, point.load, bool({point.name, distribution, "*"} & self._disabled))
+            for found in distributions.offering(PROJECT):
+                self._admit_all(found)
             self._begun = self._discovered = True
+
+    def _admit_all(self, found: distributions.Installed) -> None:
+        """Load the plugins of one distribution; one whose files are spoilt is set aside as a whole."""
+        names = sorted(point.name for point in found.points) or [distributions.UNKNOWN]
+        loads = {point.name: point.load for point in found.points}
+        for name in names:
+            plugin = Plugin(name=name, distribution=found.name, version=found.version)
+            disabled = bool({name, found.name, "*"} & self._disabled)
+            if found.error and not disabled:
+                self._set_aside(attrs.evolve(plugin, status="failed", error=found.error), None)
+            else:
+                self._admit(plugin, loads.get(name), disabled)
 
     @property
     def _disabled(self) -> set[str]:
@@ -203,10 +209,9 @@ class Registry:
                 self._set_aside(attrs.evolve(plugin, status="incompatible", error=reason), None)
                 return
             offered = components_of(module)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a plugin may do anything at import; the others must live on
+        except BaseException as error:  # a plugin may do anything at import; the others must live on
+            if is_users(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
             self._set_aside(attrs.evolve(plugin, status="failed", error=reason), error)
             return
@@ -234,18 +239,10 @@ class Registry:
         return f"{message}. A class of your own script is known once it is decorated with @tunekit.register"
 
 
-def _entry_points() -> Sequence[importlib.metadata.EntryPoint]:
-    points = importlib.metadata.entry_points(group=PROJECT)
-    return sorted(points, key=lambda point: (point.dist.name if point.dist else "", point.name))
-
-
 def _stranger() -> Plugin | None:
     """The distribution `tunekit`, which is another project, where it brings a package of our import name."""
-    try:
-        found = importlib.metadata.distribution(PROJECT)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if not any(file.parts[0] == PROJECT for file in found.files or ()):
+    found = distributions.bringing(PROJECT, PROJECT)
+    if found is None:
         return None
     reason = (
         f"it is another project with the import name {PROJECT}, and replaces files of {DISTRIBUTION}: "
@@ -256,13 +253,6 @@ def _stranger() -> Plugin | None:
 
 def _names(text: str) -> set[str]:
     return {name.strip() for name in text.split(",") if name.strip()}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _article(noun: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import attrs
 
+from tunekit.core.common import distributions
 from tunekit.core.data import batching, cache
 from tunekit.core.data.batching import supervised_tokens
 from tunekit.core.data.codec import Codec
@@ -80,7 +80,7 @@ def encoded(
             "template": codec.template,
             "tokenizer": cache.tokenizer_identity(codec.tokenizer),
             "code": " ".join(cache.code_identity(file) for file in _files(source, trainer)),
-            "libraries": " ".join(map(importlib.metadata.version, LIBRARIES)),
+            "libraries": " ".join(map(distributions.version, LIBRARIES)),
         },
         lambda writer: _write(writer, source, split, name, trainer, codec, windows),
     )

@@ -8,13 +8,13 @@ tensors, so that it can be said what is not.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.core import recipe
+from tunekit.core.common import distributions
 from tunekit.core.data import contract
 from tunekit.core.data.codec import Codec
 from tunekit.core.hookspecs import DISTRIBUTION
@@ -57,9 +57,7 @@ def save(directory: Path, method: AdapterMethod, model: nn.Module, known: Mappin
     stated = {
         **registry.provenance(type(method)),
         "adapter": recipe.to_table(method, registry),
-        "versions": {
-            name: importlib.metadata.version(name) for name in (DISTRIBUTION, "torch", "transformers", "peft")
-        },
+        "versions": {name: distributions.version(name) for name in (DISTRIBUTION, "torch", "transformers", "peft")},
         "base": known,
         "template": codec.template,
         "contract": _contract(codec),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import platform
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common import distributions
 from tunekit.core.common.secrets import redacted
 from tunekit.core.common.writing import replace
 from tunekit.core.component import Component
@@ -110,16 +110,7 @@ def environment(
 @cache
 def _packages(places: tuple[tuple[str, float], ...]) -> dict[str, str]:
     """The versions of what is installed in `places`, each with the time it last changed: reading them takes a while."""
-    read = list(map(_named, importlib.metadata.distributions(path=[place for place, _ in places])))
-    packages = {found["Name"]: found.get("Version", "") for found in reversed(read) if "Name" in found}
-    return dict(sorted(packages.items(), key=lambda item: item[0].lower()))
-
-
-def _named(found: importlib.metadata.Distribution) -> dict[str, str]:
-    """The name and version of a distribution: read line by line, ten times as fast as all of its metadata."""
-    text = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""
-    lines = (line.partition(": ") for line in text.partition("\n\n")[0].splitlines())
-    return {name: value for name, _, value in lines if name in ("Name", "Version")}
+    return distributions.packages([place for place, _ in places])
 
 
 def _changed(place: str) -> float:
