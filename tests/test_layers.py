@@ -61,6 +61,7 @@ ORDER = [
     "core.model.dequantize",
     "core.model.targets",
     "core.model.trained_tensors",
+    "core.model.hooks",
     "core.model.packed",
     "core.model.quick_imports",
     "core.model.peft_method",

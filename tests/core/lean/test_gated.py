@@ -8,14 +8,15 @@ import tunekit as tk
 from tunekit.core.lean import gated
 from tunekit.core.lean.forwards import lean_forwards, usual_forwards
 from tunekit.core.lean.gated import LeanGated
+from tunekit.core.model.base import Base, load_base
 from tunekit.testing import tiny_model
 
 IDS = torch.arange(5, 65).view(2, 30)
 
 
-def attached(adapter=None, **shape):
+def attached(adapter=None, model=None):
     adapter = adapter or tk.LoRA(rank=4, bias="lora_only")
-    model = adapter.attach(tiny_model(mlp_bias=True, **shape), tk.Context(model_id="tiny", total_steps=20))
+    model = adapter.attach(model or tiny_model(mlp_bias=True), tk.Context(model_id="tiny", total_steps=20))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -59,6 +60,18 @@ def test_it_is_the_mlp_of_the_model_to_the_last_bit(dtype, dropout, plain):
     expected = passed(model)
     assert len(found) == len(expected) > 20
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("quantizer", [tk.NF4(), tk.Int8()], ids=lambda quantizer: quantizer.name)
+def test_over_a_quantized_base_it_is_the_same_mlp(quantizer, tiny_directory, plain):
+    base = Base(model=str(tiny_directory))
+    context = tk.Context(model_id="tiny", device="cpu", dtype="float32", quantization=quantizer.scheme)
+    model = attached(tk.LoRA(rank=4), load_base(base, quantizer, base.codec(), context))
+    with lean_forwards(model):
+        assert len(gated_in(model)) == model.config.num_hidden_layers
+    found = passed(model)
+    plain()
+    assert all(map(torch.equal, found, passed(model)))
 
 
 def kept(model):

@@ -9,7 +9,7 @@ import attrs
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from tunekit.core.lean.frozen import Frozen
 
@@ -66,9 +66,3 @@ def is_cast(x: Tensor) -> bool:
     import torch
 
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # the meta device knows no autocast
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody is told when `module` computes, forward or backward."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tunekit.core.model.hooks import is_hooked
+
 UNPACKED = "unpacked"
 """The method by which what stands in for a quantized layer, where nothing is computed, makes a weight of a dtype."""
 
@@ -92,9 +94,7 @@ def frozen(layer: Any, budget: Budget) -> Frozen | None:
     if name == "bitsandbytes.Linear8bitLt":
         # On CUDA it multiplies integers, rounding the activations too; on the CPU it dequantizes, while training.
         known = module.weight.device.type == "cpu"
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values()]
-    own = all(hook.__module__.startswith("tunekit.") for hook in hooks)  # for a forward that is not called
-    if not known or not own or "forward" in vars(module) or module.weight.requires_grad:
+    if not known or is_hooked(module) or "forward" in vars(module) or module.weight.requires_grad:
         return None
     if kind is nn.Linear and type(module.weight) is not nn.Parameter:
         return None  # a part of a weight that several processes share

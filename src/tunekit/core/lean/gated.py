@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tunekit.core.lean.forward import is_hooked
 from tunekit.core.lean.frozen import Frozen
 from tunekit.core.lean.lora import LeanLoRA
 from tunekit.core.lean.low_rank import multiplied
+from tunekit.core.model.hooks import is_hooked
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """What such a module consists of in Llama and its kin: down(silu(gate x) * up x) (SwiGLU, arXiv 2002.05202)."""
@@ -47,10 +47,7 @@ class LeanGated:
 
 
 def gated(module: nn.Module) -> LeanGated | None:
-    """The lean forward of `module`; None where it is no such MLP, or its down-projection none of LoRA's.
-
-    None over a quantized layer too, which has a hook: its output may need another dtype.
-    """
+    """The lean forward of `module`; None where it is no such MLP, or its down-projection none of LoRA's."""
     if {name for name, _ in module.named_children()} != PARTS or "forward" in vars(module):
         return None
     down = vars(module.down_proj).get("forward")

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tunekit.core.lean.forward import is_cast, is_hooked
+from tunekit.core.lean.forward import is_cast
+from tunekit.core.model.hooks import is_hooked
 
 
 @attrs.define(eq=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunekit.core.model.hooks import needless_where_lean
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -52,5 +54,6 @@ def _shaped(packed: nn.Module) -> nn.Module:
     return layer
 
 
+@needless_where_lean
 def _as_given(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(inputs[0].dtype)

@@ -9,6 +9,7 @@ import attrs
 
 from tunekit.core.component import Context
 from tunekit.core.interfaces import Quantizer
+from tunekit.core.model.hooks import needless_where_lean
 from tunekit.core.model.quick_imports import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Int8(Quantizer):
         return module.weight.data.float() * (scales.float()[:, None] / 127)
 
 
+@needless_where_lean
 def _keep_scales(module: nn.Module, inputs: object) -> None:
     """Undo a loss: `weight.to(device)`, which PEFT calls in every forward pass of DoRA, leaves the scales behind.
 

@@ -1,0 +1,26 @@
+"""Whether somebody is told when a module computes; hooks of our own that a lean forward has no need of do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+MARK = "needless_where_lean"
+"""The attribute of hooks so marked."""
+
+
+def needless_where_lean(hook: Hook) -> Hook:
+    """Mark `hook` as one that mends a forward of somebody else's, and which lean forwards in its place do without."""
+    setattr(hook, MARK, True)
+    return hook
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook is called when `module` computes, forward or backward, without which it would be another thing."""
+    tables = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(not hasattr(hook, MARK) for hooks in tables for hook in hooks.values())
