@@ -1,5 +1,6 @@
 """A whole fine-tune: what is checked before, planned, written, and kept as it was."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -34,6 +35,19 @@ def finished(tiny_directory, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "first"
     pipeline = make(tiny_directory)
     return pipeline, pipeline.run(directory)
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tiny_directory, tmp_path_factory):
+    """The same over a base in bfloat16."""
+    pipeline = make(tiny_directory, dtype="bfloat16")
+    return pipeline, pipeline.run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture(params=["finished", "in_bfloat16"], ids=["float32", "bfloat16"])
+def promised(request):
+    """Both of them: what is promised holds in either."""
+    return request.getfixturevalue(request.param)
 
 
 # What it refuses -----------------------------------------------------------------------------------------------------
@@ -247,18 +261,20 @@ def test_an_adapter_says_what_it_needs_to_be_used(finished):
 # What it promises ----------------------------------------------------------------------------------------------------
 
 
-def test_the_base_is_measured_before_training_by_the_same_code(finished, tiny_directory):
-    _, run = finished
-    untrained = make(tiny_directory, trainer=tk.SFT(max_steps=1, learning_rate=1e-30)).run(
-        run.directory.parent / "same"
-    )
+def test_the_base_is_measured_before_training_by_the_same_code(promised, tmp_path):
+    pipeline, run = promised
+    still = tk.SFT(max_steps=1, learning_rate=1e-30)
+    untrained = attrs.evolve(pipeline, trainer=still).run(tmp_path / "same")
     assert untrained.base_metrics == run.base_metrics
     assert untrained.metrics == untrained.base_metrics
     assert run.metrics["perplexity"] < run.base_metrics["perplexity"]
     assert set(run.metrics) == {"perplexity", "nll", "bits_per_byte", "token_accuracy", "exact_match"}
 
 
-def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit_for_bit(tiny_directory, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit_for_bit(
+    dtype, tiny_directory, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     seen = {}
@@ -278,9 +294,9 @@ def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit
             seen["model"] = wrapped
             return wrapped
 
-    make(tiny_directory, adapter=Watched(rank=4)).run(tmp_path / "run")
+    make(tiny_directory, adapter=Watched(rank=4), dtype=dtype).run(tmp_path / "run")
     assert torch.equal(seen["start"], seen["base"])
-    before = AutoModelForCausalLM.from_pretrained(tiny_directory).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=dtype).state_dict()
     trained = trained_parameters(seen["model"])
     after = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): value
@@ -292,12 +308,12 @@ def test_the_adapter_is_the_base_before_the_first_step_and_base_weights_stay_bit
     assert all("lora_" in name for name in trained)
 
 
-def test_the_adapter_file_is_pefts_own(finished, tiny_directory):
+def test_the_adapter_file_is_pefts_own(promised, tiny_directory):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, run = finished
-    base = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    _, run = promised
+    base = AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=run._model(tuned=False).model.dtype)
     theirs = PeftModel.from_pretrained(base, run.directory / "adapter").eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -305,13 +321,13 @@ def test_the_adapter_file_is_pefts_own(finished, tiny_directory):
     assert difference < 1e-6
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_directory, finished, tmp_path):
-    pipeline, run = finished
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(promised, tmp_path):
+    pipeline, run = promised
     again = pipeline.run(tmp_path / "again")
     assert again.history == run.history
     adapter = "adapter/adapter_model.safetensors"
     assert (again.directory / adapter).read_bytes() == (run.directory / adapter).read_bytes()
-    other = make(tiny_directory, seed=1).run(tmp_path / "other")
+    other = attrs.evolve(pipeline, seed=1).run(tmp_path / "other")
     assert (other.directory / adapter).read_bytes() != (run.directory / adapter).read_bytes()
 
 
@@ -369,8 +385,8 @@ class StopsAt:
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])
-def test_an_interrupted_run_goes_on_to_the_same_end_bit_for_bit(tiny_directory, finished, tmp_path, step, monkeypatch):
-    pipeline, run = finished
+def test_an_interrupted_run_goes_on_to_the_same_end_bit_for_bit(promised, tmp_path, step, monkeypatch):
+    pipeline, run = promised
     directory = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(tk.LoRA, "after_step", lambda self, model, at: StopsAt(step)(model, at))
@@ -421,16 +437,19 @@ def test_there_must_be_something_to_resume(tiny_directory, finished, tmp_path):
         pipeline.run(run.directory, resume=True)
 
 
-def test_a_finished_run_is_opened_in_another_process_and_answers_the_same(finished):
-    _, run = finished
-    here = [run.generate("repeat 3", max_new_tokens=6), run.generate("repeat 3", max_new_tokens=6, tuned=False)]
+def test_finished_runs_are_opened_in_another_process_and_answer_the_same(finished, in_bfloat16):
+    runs = [run for _, run in (finished, in_bfloat16)]
+    answers = [[run.generate("repeat 3", max_new_tokens=6, tuned=tuned) for tuned in (True, False)] for run in runs]
+    here = [[dict(run.metrics), len(run.history), answer] for run, answer in zip(runs, answers, strict=True)]
     script = (
-        "import json, sys, tunekit as tk; run = tk.open_run(sys.argv[1]); "
-        "print(json.dumps([dict(run.metrics), len(run.history), "
-        "[run.generate('repeat 3', max_new_tokens=6, tuned=tuned) for tuned in (True, False)]]))"
+        "import json, sys, tunekit as tk; "
+        "print(json.dumps([[dict(run.metrics), len(run.history), "
+        "[run.generate('repeat 3', max_new_tokens=6, tuned=tuned) for tuned in (True, False)]] "
+        "for run in map(tk.open_run, sys.argv[1:])]))"
     )
-    out = subprocess.run([sys.executable, "-c", script, str(run.directory)], capture_output=True, text=True, check=True)
-    assert json.loads(out.stdout) == [dict(run.metrics), len(run.history), here]
+    command = [sys.executable, "-c", script, *(str(run.directory) for run in runs)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == here
 
 
 def test_a_conversation_is_answered_as_its_last_question(finished):
@@ -440,10 +459,10 @@ def test_a_conversation_is_answered_as_its_last_question(finished):
     )
 
 
-def test_the_export_is_a_plain_model_that_answers_the_same(finished, tmp_path):
+def test_the_export_is_a_plain_model_that_answers_the_same(promised, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, run = finished
+    pipeline, run = promised
     directory = run.export(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -452,8 +471,12 @@ def test_the_export_is_a_plain_model_that_answers_the_same(finished, tmp_path):
     )["input_ids"]
     live = run._model(tuned=True)
     assert ids[0].tolist() == live.codec.prompt("repeat 3")
+    assert model.dtype == live.model.dtype
     with torch.no_grad():
-        assert (model(ids).logits - live.model(ids).logits).abs().max() < 1e-5
+        # The one rounds the sum of base and update, the other what comes out of each of them.
+        exact = copy.deepcopy(live.model).float()(ids).logits
+        away = [(found(ids).logits - exact).norm() / exact.norm() for found in (model, live.model)]
+    assert max(away) < (1e-6 if pipeline.dtype is None else 2 * 2**-8)
     assert not any("lora" in name for name in model.state_dict())
     assert set(live.codec.stop_ids) <= set(model.generation_config.eos_token_id)
     with pytest.raises(tk.RunExists, match="is not empty"):
