@@ -4,6 +4,8 @@
 # make bench  beside TRL and plain transformers, in an environment of its own (BENCH_MINUTES=20), and docs/performance.md
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
+# make test-sim  what depends on the device and all tests marked gpu, on a CUDA device that is simulated on the CPU (needs
+#             a C++ compiler, and is skipped with the reason where there is none; tests/simulated_cuda/README.md)
 # make soak   kill a run 200 times at random moments; each time it must go on to the same end (docs/reliability.md)
 PYTHON ?= python3
 BENCH := .venv-bench
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit bench demo docs test soak lint format fuzz clean
+.PHONY: audit bench demo docs test test-sim soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -23,6 +25,10 @@ demo: $(VENV)/.demo
 test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-sim: export PYTHONDONTWRITEBYTECODE :=
+test-sim: $(VENV)/.test
+	SIMULATED_CUDA=2 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/simulated_cuda
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -21,6 +21,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What is computed does not depend on the processor: not in fixtures of a module, and not in processes that are started.
 os.environ["TUNEKIT_CPU_DTYPE"] = "float32"
 
+no_simulated_device = ""
+if os.environ.get("SIMULATED_CUDA"):  # how many GPUs; they must be there before torch is imported
+    import simulated_cuda
+
+    try:
+        simulated_cuda.install()
+    except simulated_cuda.NoCompilerError as error:
+        no_simulated_device = str(error)
+
 # A busy machine is no reason for a property to fail; half of the usual examples, so that the suite stays short.
 settings.register_profile("tunekit", deadline=None, max_examples=50)
 settings.load_profile("tunekit")
@@ -31,6 +40,9 @@ DISTRIBUTIONS = Path(__file__).parent / "plugins" / "distributions"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine lacks the data or the device for."""
+    if no_simulated_device:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=no_simulated_device))
     if not SHARED.is_dir():
         place = os.environ.get("TUNEKIT_SHARED") or "../shared"
         for item in items:

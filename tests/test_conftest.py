@@ -37,6 +37,7 @@ def test_what_needs_data_or_a_device_that_is_not_here_is_skipped_with_the_reason
     (tmp_path / "test_it.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", str(tmp_path)]
     environment = {**os.environ, "TUNEKIT_SHARED": "no-such-folder"}
+    environment.pop("SIMULATED_CUDA", None)
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
     assert "1 passed, 2 skipped" in shown
     assert "no no-such-folder here" in shown
