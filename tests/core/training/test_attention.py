@@ -1,10 +1,15 @@
 """Attention within rows is that of transformers written out, with windows, soft caps and heads in groups."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
+import torch.nn.attention.varlen as varlen_module
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
+from tunekit.core.memory.live_bytes import LiveBytes
+from tunekit.core.memory.weightless import AsOnDevice
 from tunekit.core.training import attention
 from tunekit.core.training.attention import causal_attention, varlen_attention
 
@@ -67,6 +72,101 @@ def test_the_last_tokens_alone_look_back_as_they_do_among_all(kind, monkeypatch)
     found = with_gradients(lambda query, *rest: causal_attention(query[:, :, 5:], *rest, **kind), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Asked(TorchFunctionMode):
+    """Within it, whether fused attention is asked to take heads in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            self.groups.append(kwargs["enable_gqa"])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_cuda_heads_in_groups_are_left_to_flash_attention_alone(kind, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "_device_type", lambda tensor: "cuda")  # the numbers are those of the CPU
+    inputs = tensors(9, dtype)
+    with Asked() as asked:
+        found = with_gradients(lambda *three: causal_attention(*three, **kind), inputs)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    for one, other in zip(found, with_gradients(lambda *three: written_out(*three, **kind), wide), strict=True):
+        away = (one.double() - other).norm() / other.norm()
+        assert away < (1e-6 if dtype is torch.float32 else 2e-2)
+    assert asked.groups == ([] if "softcap" in kind else [dtype is torch.bfloat16 and not kind])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_for_cuda_counts_what_attention_keeps_there(dtype):
+    query, key, value = (tensor.detach().requires_grad_() for tensor in tensors(64, getattr(torch, dtype), "meta"))
+    live = LiveBytes("kept")
+    live.hold([query, key, value], "there")
+    with AsOnDevice("cuda"), live:
+        found = causal_attention(query, key, value)
+    heads, tokens, size = query.shape[1:]
+    once_a_head = 2 * 4 * heads * tokens * size if dtype == "float32" else 0  # keys and values
+    assert live.live["kept"] == once_a_head + found.nbytes + 4 * heads * tokens
+
+
+@pytest.mark.parametrize(("groups", "mask"), [(True, None), (True, 1), (False, None), (False, 1)])
+def test_a_plan_for_cuda_knows_which_attention_of_a_model_keeps_the_scores(groups, mask):
+    query, key, value = (tensor.detach().requires_grad_() for tensor in tensors(64, device="meta"))
+    if not groups:
+        key = value = torch.empty_like(query, requires_grad=True)
+    seen = None if mask is None else torch.ones(64, 64, dtype=torch.bool, device="meta")
+    with AsOnDevice("cuda") as device:
+        scaled_dot_product_attention(query, key, value, seen, enable_gqa=groups)
+    assert device.plain is groups
+
+
+def one_row_each(query, key, value, starts, key_starts, scale):
+    """What torch's kernel computes of several rows, shape (tokens, heads, size); no window."""
+    parts = [
+        (query[a:b], key[c:d], value[c:d])
+        for (a, b), (c, d) in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True)
+    ]
+    made = [causal_attention(*(t.transpose(0, 1)[None] for t in part), scaling=scale)[0] for part in parts]
+    return torch.cat(made, dim=1).transpose(0, 1)
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal
+    return one_row_each(query, key, value, cu_seq_q, cu_seq_k, None)
+
+
+def of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return one_row_each(q, k, v, cu_seq_q, cu_seq_k, scale)
+
+
+def of_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa
+    return of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [of_2_10, of_2_11, of_2_12])
+def test_every_torch_that_has_the_kernel_is_asked_in_its_own_words(kernel, monkeypatch):
+    monkeypatch.setattr(varlen_module, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen", attention.varlen.__wrapped__)
+    older = kernel is of_2_10
+    assert attention.knows_varlen(64, None, 64**-0.5)
+    assert attention.knows_varlen(64, None, 0.5) is attention.knows_varlen(64, 7, None) is not older
+    lengths = [5, 1, 9]
+    inputs = tensors(sum(lengths))
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    scaling = None if older else 0.5
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True)
+    alone = torch.cat([causal_attention(*part, scaling=scaling) for part in parts], dim=2)
+    assert torch.equal(varlen_attention(*inputs, starts, starts, 9, 9, scaling=scaling), alone)
+
+
+def test_this_torch_has_the_kernel():
+    assert attention.knows_varlen(64, None, 64**-0.5)
 
 
 @pytest.mark.gpu

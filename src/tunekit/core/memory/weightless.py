@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from tunekit.core.interfaces import Quantizer
-from tunekit.core.training.attention import STANDS_FOR
+from tunekit.core.training.attention import STANDS_FOR, takes_groups
 
 STATE = "quantization_state"
 """The buffer in which a packed layer holds what the quantizer needs besides the packed weight."""
@@ -71,6 +71,8 @@ class AsOnDevice(TorchFunctionMode):  # type: ignore[misc]
     ) -> Tensor:
         same_sizes = query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
         fused = same_sizes and (dropout_p == 0 or self.device != "cpu")
+        if STANDS_FOR.get() == "cuda" and enable_gqa:
+            fused = fused and takes_groups(query, masked=attn_mask is not None)
         if not (query.is_meta and fused):
             self.plain = True
             found: Tensor = scaled_dot_product_attention(

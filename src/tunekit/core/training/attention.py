@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 BLOCK = 256
 """Queries that look at the keys of their window at a time, where a row is longer than it."""
 HEAD_SIZE = 256
-"""The largest head that the kernels of variable lengths take."""
+"""The largest head that flash attention takes."""
 
 STANDS_FOR: ContextVar[str] = ContextVar("what tensors on the meta device stand for", default="meta")
 """The type of the device whose steps are rehearsed on the meta device."""
@@ -43,12 +45,15 @@ def causal_attention(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    tokens, dtype = key.shape[2], query.dtype
+    tokens, dtype, device = key.shape[2], query.dtype, _device_type(query)
     before = tokens - query.shape[2]
-    if _device_type(query) == "cpu":
+    plain = not before and softcap is None and (window is None or tokens <= window)
+    if device == "cpu":
         # Without a matrix unit for it, half precision is three times as slow here as float32, casts included.
         query, key, value = query.float(), key.float(), value.float()
-    if not before and softcap is None and (window is None or tokens <= window):
+    if device == "cuda" and not takes_groups(query, masked=not plain):
+        key, value = repeated(key, query), repeated(value, query)
+    if plain:
         grouped = query.shape[1] != key.shape[1]
         found = scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
@@ -66,24 +71,60 @@ def causal_attention(
     return torch.cat(made, dim=2).to(dtype)
 
 
-def varlen() -> Callable[..., Tensor] | None:
-    """Torch's kernel for rows of several lengths at once; None where this torch has none with heads in groups."""
+def takes_groups(query: Tensor, *, masked: bool) -> bool:
+    """Whether a kernel of CUDA takes heads in groups, which flash attention alone does: else the scores are kept."""
+    return not masked and query.dtype.itemsize == 2 and query.shape[-1] <= HEAD_SIZE
+
+
+def repeated(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, shape (1, key heads, tokens, size), once for each head of `query`."""
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
+
+
+def without_graphs(query: Tensor) -> AbstractContextManager[Any]:
+    """Within it, torch does not take cuDNN's attention, which builds a graph for each new length of a row."""
+    if query.device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    found: AbstractContextManager[Any] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return found
+
+
+@cache
+def varlen() -> tuple[Callable[..., Tensor] | None, Collection[str]]:
+    """Torch's kernel for rows of several lengths at once, if this torch has it, and the names of its parameters.
+
+    All take heads in groups; 2.10 knows no window and no scale, and from 2.12 on they want to be told of the groups.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None
-    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+        return None, ()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def can_be_varlen(query: Tensor, dropout: float, softcap: float | None) -> bool:
+def can_be_varlen(
+    query: Tensor, dropout: float, softcap: float | None, window: int | None = None, scaling: float | None = None
+) -> bool:
     """Whether the kernel for rows of several lengths takes this: half precision, on a GPU that has it, and plain."""
     import torch
 
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
-    fits = query.shape[-1] <= HEAD_SIZE and query.shape[-1] % 8 == 0
-    plain = not dropout and softcap is None
-    return plain and fits and torch.cuda.get_device_capability(query.device) >= (8, 0) and varlen() is not None
+    size = query.shape[-1]
+    plain = not dropout and softcap is None and size <= HEAD_SIZE and size % 8 == 0
+    return plain and torch.cuda.get_device_capability(query.device) >= (8, 0) and knows_varlen(size, window, scaling)
+
+
+def knows_varlen(size: int, window: int | None, scaling: float | None) -> bool:
+    """Whether the kernel of this torch knows such a window, and such a scale of the scores of heads of this size."""
+    kernel, known = varlen()
+    windowed = window is None or "window_size" in known
+    return kernel is not None and windowed and (scaling in (None, size**-0.5) or "scale" in known)
 
 
 def varlen_attention(
@@ -111,21 +152,18 @@ def varlen_attention(
         scaling: of the scores; None for 1 / sqrt(size).
         window: how many tokens a token sees, itself included; None for all.
     """
-    kernel = varlen()
+    kernel, known = varlen()
     assert kernel is not None, "see `can_be_varlen`"
-    # The kernel does not count the token itself; -1 is its word for all that come before, 0 for none that come after.
-    sees = (-1 if window is None else window - 1, 0)
+    options = {
+        "is_causal": True,
+        # The kernel does not count the token itself; -1 is its word for all before it, 0 for none after it.
+        "window_size": (-1 if window is None else window - 1, 0),
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-    found = kernel(
-        *flat,
-        starts,
-        key_starts,
-        longest,
-        longest_key,
-        scale=scaling,
-        window_size=sees,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    said = {name: value for name, value in options.items() if name in known}
+    found = kernel(*flat, starts, key_starts, longest, longest_key, **said)
     return found.transpose(0, 1)[None]
 
 
@@ -143,12 +181,12 @@ def _masked_attention(
     from torch.nn.functional import dropout as dropped
     from torch.nn.functional import scaled_dot_product_attention
 
-    groups = query.shape[1] // key.shape[1]
     if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1
+            query, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped
         )
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = repeated(key, query), repeated(value, query)
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tunekit.core.data.batching import on_device
-from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention
+from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention, without_graphs
 from tunekit.core.training.prefixes import Layout
 from tunekit.errors import NotSupported
 
@@ -144,7 +144,7 @@ def attend(
     asked = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
     if asked or is_causal is False or not getattr(module, "is_causal", True):
         raise NotSupported(f"its attention is not plainly causal: {', '.join(asked) or 'it looks ahead'}")
-    if can_be_varlen(query, dropout, softcap):
+    if can_be_varlen(query, dropout, softcap, sliding_window, scaling):
         found = varlen_attention(
             query,
             segments.all_seen(key),
@@ -158,8 +158,7 @@ def attend(
         )
         return found.transpose(1, 2), None
     parts = (query.split(list(segments.lengths), dim=2), segments.seen(key), segments.seen(value))
-    each = [
-        causal_attention(*part, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
-        for part in zip(*parts, strict=True)
-    ]
+    options = {"scaling": scaling, "dropout": dropout, "window": sliding_window, "softcap": softcap}
+    with without_graphs(query):
+        each = [causal_attention(*part, **options) for part in zip(*parts, strict=True)]
     return torch.cat(each, dim=2).transpose(1, 2), None
