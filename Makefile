@@ -4,6 +4,7 @@
 # make bench  beside TRL and plain transformers, in an environment of its own (BENCH_MINUTES=20), and docs/performance.md
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
+# make test-all  the same, with the tests marked slow
 # make test-sim  what depends on the device and all tests marked gpu, on a CUDA device that is simulated on the CPU (needs
 #             a C++ compiler, and is skipped with the reason where there is none; tests/simulated_cuda/README.md)
 # make soak   kill a run 200 times at random moments; each time it must go on to the same end (docs/reliability.md)
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit bench demo docs test test-sim soak lint format fuzz clean
+.PHONY: audit bench demo docs test test-all test-sim soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -24,6 +25,10 @@ demo: $(VENV)/.demo
 # Bytecode is written whatever the environment says: the suite starts some fifty processes.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-all: export PYTHONDONTWRITEBYTECODE :=
+test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-sim: export PYTHONDONTWRITEBYTECODE :=

@@ -91,6 +91,7 @@ ORDER = [
     "core.training.prefixes",
     "core.training.segments",
     "core.training.batch",
+    "core.training.leaks",
     "core.training.head_loss",
     "core.training.rows_loss",
     "core.memory.budget",

@@ -25,6 +25,8 @@ from tunekit.core.training import compiled
 from tunekit.core.training.batch import Batch, end_to_end, padded
 from tunekit.core.training.excerpts import excerpts
 from tunekit.core.training.frozen import FrozenLayers
+from tunekit.core.training.leaks import leak, parted
+from tunekit.core.training.prefixes import LEAST, Layout
 from tunekit.core.training.segments import ATTENTION, attending
 from tunekit.errors import NotSupported
 
@@ -165,9 +167,15 @@ def choose(
     short = excerpts(rows, model.config)
     plainly = RowsLoss(model=model, pad_id=pad_id, device=device, kept_bytes=kept_bytes)
     with evaluating(model):
+        if padding_free:
+            asked = attrs.evolve(plainly, padding_free=True)
+            plainly = attrs.evolve(
+                plainly, notes=_note(asked, parted(shortest_and_longest(rows)), "rows without padding")
+            )
+            padding_free = not plainly.notes
         plain = float(plainly(model, short))
         chosen = _laid_out(plainly, short, plain, padding_free, chunked)
-        if chosen.notes and short is not rows:  # in half precision it may be rounding: whole rows settle it
+        if len(chosen.notes) > len(plainly.notes) and short is not rows:  # it may be rounding: whole rows settle it
             short, plain = rows, float(plainly(model, rows))
             chosen = _laid_out(plainly, rows, plain, padding_free, chunked)
         if sharing and chosen.padding_free:
@@ -241,7 +249,21 @@ def _sharing(chosen: RowsLoss, rows: Sequence[Encoded]) -> RowsLoss:
         return attrs.evolve(chosen, notes=[*chosen.notes, "no shared prefixes: rows would share their dropout, too"])
     with chosen.training():
         plain = float(chosen(chosen.model, rows))
-    return _tried(attrs.evolve(chosen, shared=True), chosen, "shared prefixes", rows, plain)
+    prefix = max(own for own, _, _ in Layout.of(rows, shared=True).begins)
+    shared = attrs.evolve(chosen, shared=True)
+    if note := _note(shared, parted(rows[:2], prefix, before=LEAST), "shared prefixes"):
+        return attrs.evolve(chosen, notes=[*chosen.notes, *note])
+    return _tried(shared, chosen, "shared prefixes", rows, plain)
+
+
+def _note(way: RowsLoss, rows: Sequence[Encoded], name: str) -> Sequence[str]:
+    """A note of what changes a row that is not its own, by which `way` is not taken; none if nothing does."""
+    try:
+        with way.training():
+            reason = leak(way.model, rows, way.batch, partial(way.of, way.model))
+    except Exception as error:  # as in the trial of its loss
+        reason = f"{type(error).__name__}: {error}"
+    return [f"no {name}: {reason}"] if reason else ()
 
 
 def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None:
