@@ -126,8 +126,9 @@ class AdaLoRA(PeftMethod):
         for layer in _layers(model):
             a, b = layer.lora_A["default"], layer.lora_B["default"]
             products += [a @ a.T, b.T @ b]  # (rank, rank)
-        distances = [torch.linalg.matrix_norm(product - torch.eye(*product.shape).to(product)) for product in products]
-        return self.orthogonality * torch.stack(distances).mean()
+        found = torch.stack(products)  # (2 * layers, rank, rank): together, a GPU is asked once and not for each
+        identity = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
+        return self.orthogonality * torch.linalg.matrix_norm(found - identity).mean()
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Measure importance and cut ranks, as far as the schedule asks for it at this step."""
