@@ -90,6 +90,7 @@ ORDER = [
     "core.training.frozen",
     "core.training.prefixes",
     "core.training.segments",
+    "core.training.padding",
     "core.training.batch",
     "core.training.leaks",
     "core.training.head_loss",

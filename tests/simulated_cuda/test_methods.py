@@ -37,9 +37,7 @@ def test_a_run_trains_evaluates_saves_is_opened_again_and_exported(name: str, pi
         assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
-# bitsandbytes waits in every layer of Int8.
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "int8"])
-def test_a_step_waits_once(name: str, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def waits_of_a_step(made: tk.Pipeline, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from tunekit.plugins.trainers import loop
 
     seen, learn = [], loop.learn
@@ -49,11 +47,40 @@ def test_a_step_waits_once(name: str, pipeline: Any, tmp_path: Path, monkeypatch
         return learn(*given, **named)
 
     monkeypatch.setattr(loop, "learn", watched)
-    sft = tk.SFT(max_steps=6, batch_size=4, save_every=99, log_every=99)
     with simulated_cuda.counting() as counts:
-        pipeline(trainer=sft, **METHODS[name]()).run(tmp_path / "run")
-    waits = seen[4] - seen[3]
-    assert waits.total() == 1, "\n".join(f"{n} x {what} at {place}" for (what, place), n in waits.items())
+        made.run(directory)
+    return seen[4] - seen[3]
+
+
+def in_words(waits: Any) -> str:
+    return "\n".join(f"{n} x {what} at {place}" for (what, place), n in waits.items())
+
+
+STEPS = {"max_steps": 6, "batch_size": 4, "save_every": 99, "log_every": 99}
+
+
+# bitsandbytes waits in every layer of Int8.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "int8"])
+def test_a_step_waits_once(name: str, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pipeline(trainer=tk.SFT(**STEPS), **METHODS[name]())
+    waits = waits_of_a_step(made, tmp_path / "run", monkeypatch)
+    assert waits.total() == 1, in_words(waits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"padding_free": False},
+        {"padding_free": False, "chunked_loss": False, "lean": False},
+        {"padding_free": False, "micro_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_a_step_of_padded_rows_waits_once(
+    changes: Any, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = waits_of_a_step(pipeline(trainer=tk.SFT(**STEPS, **changes)), tmp_path / "run", monkeypatch)
+    assert waits.total() == 1, in_words(waits)
 
 
 @pytest.mark.parametrize("name", ["dropout", "qlora", "adalora"])

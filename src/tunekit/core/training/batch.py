@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tunekit.core.data.batching import collate, on_device
+from tunekit.core.data.batching import collate, lengths, on_device
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
 from tunekit.core.training.prefixes import Layout
@@ -30,6 +30,7 @@ class Batch:
         place: where in its flattened output each token is.
         places: shape (supervised tokens,): where that is which predicts each of these.
         wanted: shape (supervised tokens,): these tokens.
+        padded: whether some of its rows are filled up to the length of others.
     """
 
     rows: Sequence[Encoded]
@@ -37,22 +38,24 @@ class Batch:
     place: Place
     places: Tensor
     wanted: Tensor
+    padded: bool
 
 
 def end_to_end(rows: Sequence[Encoded], device: str, shared: bool) -> Batch:
     """`rows` without padding; where `shared` and it pays, what they begin with alike is there once."""
     layout = Layout.of(rows, shared)
-    return _with_targets(rows, flatten(layout, device), layout.place, device)
+    return _with_targets(rows, flatten(layout, device), layout.place, device, False)
 
 
 def padded(rows: Sequence[Encoded], pad_id: int, device: str) -> Batch:
     """`rows`, each as long as the longest."""
     inputs: dict[str, Any] = collate(rows, pad_id, device)
     width = inputs.pop("labels").shape[1]
-    return _with_targets(rows, inputs, lambda row, at: row * width + at, device)
+    shorter = any(length < width for length in lengths(rows))
+    return _with_targets(rows, inputs, lambda row, at: row * width + at, device, shorter)
 
 
-def _with_targets(rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Place, device: str) -> Batch:
+def _with_targets(rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Place, device: str, padded: bool) -> Batch:
     """A place in a shared prefix is there for each of its rows: the loss and gradient of each are added up."""
     import torch
 
@@ -64,4 +67,4 @@ def _with_targets(rows: Sequence[Encoded], inputs: Mapping[str, Any], place: Pla
     ]
     places = on_device([at for at, _ in pairs], device, torch.long)
     wanted = on_device([label for _, label in pairs], device, torch.long)
-    return Batch(rows=rows, inputs=inputs, place=place, places=places, wanted=wanted)
+    return Batch(rows=rows, inputs=inputs, place=place, places=places, wanted=wanted, padded=padded)

@@ -26,6 +26,7 @@ from tunekit.core.training.batch import Batch, end_to_end, padded
 from tunekit.core.training.excerpts import excerpts
 from tunekit.core.training.frozen import FrozenLayers
 from tunekit.core.training.leaks import leak, parted
+from tunekit.core.training.padding import told, unwatched
 from tunekit.core.training.prefixes import LEAST, Layout
 from tunekit.core.training.segments import ATTENTION, attending
 from tunekit.errors import NotSupported
@@ -89,15 +90,21 @@ class RowsLoss:
 
         inputs, places, wanted = batch.inputs, batch.places, batch.wanted
         starting = self.frozen.left_out(self._states(batch)) if self.frozen else nullcontext()
+        telling = told(batch.padded)
         if not self.chunked:
-            with starting:
+            with starting, telling:
                 logits = model(**inputs, use_cache=False).logits
             return cross_entropy(logits.flatten(0, 1)[places].float(), wanted, reduction="sum")
 
         from tunekit.core.training.head_loss import head_loss, without_head, without_softcap
 
         head = self.model.get_output_embeddings()
-        with starting, without_head(head) as plain, without_softcap(self.model.config, plain) as real:
+        with (
+            starting,
+            told(batch.padded),
+            without_head(head) as plain,
+            without_softcap(self.model.config, plain) as real,
+        ):
             hidden = model(**inputs, use_cache=False).logits
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
         return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)
@@ -117,8 +124,9 @@ class RowsLoss:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Within it, the model computes as this way to the loss needs."""
+        attention = attending(self.model, ATTENTION, self.compiled) if self.padding_free else None
         with (
-            attending(self.model, ATTENTION, self.compiled) if self.padding_free else nullcontext(),
+            attention or unwatched(self.model, self.device),
             lean_forwards(self.model, self.kept_bytes) if self.lean else nullcontext(),
             compiled.compiled(self.model) if self.compiled else nullcontext(),
         ):
@@ -127,8 +135,9 @@ class RowsLoss:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within it, inside of `training()`, the model computes as it does otherwise: to evaluate it."""
+        otherwise = getattr(self.model.config, "_attn_implementation", "") != self._usual
         with (
-            attending(self.model, self._usual, self.compiled) if self.padding_free else nullcontext(),
+            attending(self.model, self._usual, self.compiled) if otherwise else nullcontext(),
             usual_forwards(self.model) if self.lean else nullcontext(),
             compiled.plain(self.model) if self.compiled else nullcontext(),
         ):

@@ -154,6 +154,13 @@ def _model_class() -> type[PeftModel]:
             before = ids.repeat_interleave(len(_sequences(out)) // len(ids), 0)
             return _replaced(out, lambda found: torch.cat([before, found], 1))
 
+        def get_prompt(self, *args: Any, **options: Any) -> Any:
+            """PEFT's; the numbers of the virtual tokens go to the device once, and not for every forward pass."""
+            name = self.active_adapter
+            device = self.prompt_encoder[name].embedding.weight.device
+            self.prompt_tokens[name] = self.prompt_tokens[name].to(device)
+            return super().get_prompt(*args, **options)
+
         @property
         def _in_cache(self) -> bool:
             return self.active_peft_config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
