@@ -158,3 +158,19 @@ def test_alone_nothing_is_exchanged():
     assert parameter.grad is None
     assert parallel.ALONE.gather(3) == parallel.ALONE.together(lambda: 3) == [3]
     assert parallel.ALONE.shared(lambda: 4) == 4
+
+
+def test_mixed_precision_that_a_launcher_was_told_of_is_not_followed_and_the_run_says_so(
+    tiny_directory, tmp_path, monkeypatch
+):
+    plain = make(tiny_directory, METHODS["lora"]).run(tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parallel.not_followed() == []  # left behind by somebody in this process
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    run = make(tiny_directory, METHODS["lora"]).run(tmp_path / "launched")
+    assert (
+        "mixed_precision: bf16 of accelerate's configuration is not followed" in (run.directory / "log.txt").read_text()
+    )
+    assert difference(run.directory, plain.directory) == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert parallel.not_followed() == []

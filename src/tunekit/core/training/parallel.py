@@ -39,6 +39,8 @@ FSDP_REFUSED = {
 """Settings of that configuration with the value, in lower case, that is not followed, and what to set instead."""
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 """What it sets for a configuration that hands the model over to DeepSpeed."""
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""What it sets where forward passes are to be computed in another dtype than the weights have."""
 SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
@@ -215,6 +217,14 @@ def check_launch(trainer: Trainer) -> None:
         said = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else "").lower()
         if said == refused:
             raise NotSupported(f"FSDP ({FSDP}) with {variable}={said} is not supported; set {instead}")
+
+
+def not_followed() -> list[str]:
+    """What the launcher was told that the training loop does not follow, in words."""
+    asked = os.environ.get(PRECISION, "no").lower()
+    if "LOCAL_RANK" not in os.environ or asked in ("no", ""):
+        return []
+    return [f"mixed_precision: {asked} of accelerate's configuration is not followed: Pipeline(dtype=...) says it"]
 
 
 def join(trainer: Trainer, device: str) -> tuple[Processes, str]:

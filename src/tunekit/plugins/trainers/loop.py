@@ -21,7 +21,7 @@ from tunekit.core.run.checkpoint import checksums
 from tunekit.core.run.signals import asked_to_stop
 from tunekit.core.training import rows_loss, sharded
 from tunekit.core.training.compiled import worthwhile
-from tunekit.core.training.parallel import started
+from tunekit.core.training.parallel import not_followed, started
 from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
@@ -57,11 +57,10 @@ def fit(
 
     Raises TrainingError for a loss or gradient that is not finite.
     """
-    from accelerate import Accelerator
+    from torch.nn.utils import clip_grad_norm_
 
-    steps = sft.planned_steps(len(train))
+    steps, processes = sft.planned_steps(len(train)), started()
     save_every = sft.save_every or batching.steps_per_epoch(len(train), sft.batch_size)
-    accelerator, processes = Accelerator(cpu=context.device == "cpu", device_placement=False), started()
     peak = sft.peak_learning_rate(context)
     share = schedule(sft.schedule, sft.warmup, steps)
     optimizer = optimization.make(sft.optimizer, model, peak, sft.weight_decay)
@@ -72,6 +71,8 @@ def fit(
     if run.resumed:
         so_far = SoFar.resumed(run.resumed.state["trainer"]["so_far"], sft)
         optimization.restore(optimizer, run.resumed.state["trainer"]["optimizer"])
+    for note in not_followed():
+        run.note(note)
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
     summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), so_far.kept_bytes, run, context)
@@ -81,9 +82,6 @@ def fit(
         summed_loss = rows_loss.over_frozen(summed_loss, train, run.directory)
         for note in summed_loss.notes:
             run.note(note)
-    # Not wrapped for several processes, which "evaluation_mode" stands for: gradients are added up here.
-    wrapped = accelerator.prepare_model(model, evaluation_mode=True)
-    optimizer = accelerator.prepare_optimizer(optimizer)
     model.train()
     run.draw(context.seed)  # last: nothing else may draw random numbers
 
@@ -106,8 +104,8 @@ def fit(
                 so_far.limits,
                 padded=not summed_loss.padding_free,
                 sent=processes.count > 1,
-                loss=partial(given.loss, wrapped),
-                backward=accelerator.backward,
+                loss=partial(given.loss, model),
+                backward=lambda loss: loss.backward(),
                 clear=partial(_clear, optimizer, model),
                 most=(lambda passes: max(processes.gather(passes))) if pieces else None,
             )
@@ -119,9 +117,9 @@ def fit(
             # Once a step: on the first process alone, since what all have is added up.
             extra = extra_loss(model) if processes.is_first else None
             if extra is not None:
-                accelerator.backward(extra)
+                extra.backward()
             processes.add_gradients(trained)
-            length = accelerator.clip_grad_norm_(trained, sft.max_grad_norm)
+            length = clip_grad_norm_(trained, sft.max_grad_norm)
             losses, norm = micro_batches.read([one for share in shares for one in share.losses], length)
             loss = sum(part for part, _ in losses)
             rate = peak * share(step - 1)
