@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Transformers(Trainer):
             raise NotSupported("the transformers trainer cannot go on with a run; use SFT for runs to be resumed")
         if extra_loss(model) is not None:
             raise NotSupported("the transformers trainer cannot add this method's extra loss once a step; use SFT")
-        with deepspeed.told(context.device) if self.zero_stage is not None else nullcontext():
+        with deepspeed.told(context.device) if self.zero_stage is not None else nullcontext(), _on(context.device):
             trainer = transformers.Trainer(
                 model=model,
                 args=self._arguments(str(run.directory / "transformers"), context),
@@ -160,8 +160,13 @@ class Transformers(Trainer):
             ours |= {"seed": context.seed, "use_cpu": on_cpu and not with_deepspeed}
             if with_deepspeed:
                 ours["accelerator_config"] = {"use_configured_state": True}
-        # Rows must keep their labels, and a step's loss is to be the mean over its tokens, not over its batches.
-        return TrainingArguments(**{**defaults, **self.arguments, **ours, "remove_unused_columns": False})
+        with _on("cuda"):  # it makes the first GPU the current one
+            # Rows must keep their labels, and a step's loss is to be the mean over its tokens, not over its batches.
+            made = TrainingArguments(**{**defaults, **self.arguments, **ours, "remove_unused_columns": False})
+        if context and context.device.startswith("cuda") and launched() == 1 and self.zero_stage is None:
+            # By itself it would take all GPUs (nn.DataParallel), the first one before the model's.
+            made._n_gpu, made._setup_devices = 1, torch.device("cuda", _number(context.device))
+        return made
 
     def _check_names(self) -> None:
         """Raise ConfigError for an argument that there is not, or that is not the user's to set."""
@@ -176,6 +181,26 @@ class Transformers(Trainer):
     def _value(self, name: str) -> Any:
         """The argument, or its default."""
         return self.arguments.get(name, _fields()[name].default)
+
+
+def _number(device: str) -> int:
+    """Of a GPU by name; "cuda" is the current one."""
+    import torch
+
+    number = torch.device(device).index
+    return torch.cuda.current_device() if number is None else int(number)
+
+
+@contextmanager
+def _on(device: str) -> Iterator[None]:
+    """Within it, the GPU of that name is the current one, which accelerate takes; afterwards that of before is."""
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        with torch.cuda.device(_number(device)):
+            yield
+    else:
+        yield
 
 
 def _fields() -> Mapping[str, Any]:
