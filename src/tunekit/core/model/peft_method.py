@@ -114,7 +114,8 @@ class PeftMethod(AdapterMethod):
         try:
             with _quiet():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
-                loaded = PeftModel.from_pretrained(self._shown(model), directory)
+                # By itself, PEFT reads everything into the first GPU that it sees.
+                loaded = PeftModel.from_pretrained(self._shown(model), directory, torch_device=str(model.device))
                 if _train_in_float32(loaded):  # PEFT has rounded what it put there
                     set_peft_model_state_dict(loaded, load_file(directory / "adapter_model.safetensors"))
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
