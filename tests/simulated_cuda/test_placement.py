@@ -89,8 +89,40 @@ def test_dropout_on_the_second_gpu_follows_the_seed(
     assert not torch.equal(*states)
 
 
+def test_the_trainer_of_transformers_trains_on_the_gpu_that_was_asked_for_and_takes_nothing_of_the_first(
+    second_gpu: str, pipeline: Any, taken: Any, tmp_path: Path
+) -> None:
+    trainer = tk.Transformers(arguments={"max_steps": 2, "per_device_train_batch_size": 4})
+    with taken(device=0) as of_the_first:
+        run = pipeline(second_gpu, trainer=trainer).run(tmp_path / "run")
+        assert of_the_first() == 0
+    assert torch.cuda.current_device() == 0
+    assert len(run.history) == 2
+
+
 def test_the_trainer_of_transformers_uses_the_one_gpu_that_was_asked_for(second_gpu: str, tmp_path: Path) -> None:
     trainer = tk.Transformers(arguments={"max_steps": 2, "per_device_train_batch_size": 2})
     assert trainer._arguments(str(tmp_path), tk.Context(model_id="x", device="cuda")).n_gpu == 1
     there = trainer._arguments(str(tmp_path), tk.Context(model_id="x", device=second_gpu))
     assert (there.n_gpu, there.device) == (1, torch.device(second_gpu))
+
+
+def test_of_random_states_those_of_the_named_gpu_are_kept_and_put_into_the_named_one(second_gpu: str) -> None:
+    from tunekit.core.common.random_states import random_states, set_random_states
+
+    torch.cuda.manual_seed_all(7)
+    torch.rand(3, device=second_gpu)
+    kept = random_states(second_gpu)
+    expected = torch.rand(3, device=second_gpu).cpu()
+    set_random_states(kept, "cuda:0")
+    assert torch.equal(torch.rand(3, device="cuda:0").cpu(), expected)
+    assert len(random_states()["cuda"]) == torch.cuda.device_count()
+    set_random_states(random_states("cpu"), "cuda:0")  # a run that was begun on the CPU has none for a GPU
+
+
+def test_progress_shows_the_peak_of_the_gpu_of_the_run(second_gpu: str) -> None:
+    from tunekit.plugins.observers.progress import _memory
+
+    there = torch.ones(1024, device=second_gpu)
+    assert _memory(second_gpu) == torch.cuda.max_memory_allocated(second_gpu) >= there.nbytes
+    assert _memory("cpu") > 2**20  # of the process

@@ -299,6 +299,7 @@ class Pipeline:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
         before = checkpoint.checksums(model)
+        log.device = context.device
         log.method_state = partial(self.adapter.train_state, model)
         log.load_method_state = partial(self.adapter.load_train_state, model)
         if log.resumed:

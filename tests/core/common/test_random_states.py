@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from tunekit.core.common.random_states import random_states, random_states_kept, seed_everything
+from tunekit.core.common.random_states import random_states, random_states_kept, seed_everything, set_random_states
 
 
 def draw():
@@ -35,3 +35,11 @@ def test_states_are_those_of_before_whatever_was_drawn_or_raised():
     with pytest.raises(ZeroDivisionError):
         failing()
     assert repr(random_states()) == before
+
+
+def test_what_was_kept_beside_gpus_is_restored_where_there_are_none_and_the_other_way_round():
+    states = random_states("cpu")
+    assert states["cuda"] == []
+    expected = draw()
+    set_random_states({**states, "cuda": [torch.get_rng_state()] * 2})  # no GPU here takes them
+    assert draw() == expected

@@ -21,8 +21,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_states() -> dict[str, Any]:
-    """The state of every random number generator that training may draw from."""
+def random_states(device: str | None = None) -> dict[str, Any]:
+    """The state of every random number generator that training may draw from.
+
+    Of those of GPUs, the state of `device` alone where it is named: so it may be restored where there are others. None
+    for all that are seen.
+    """
     import numpy as np
     import torch
 
@@ -31,12 +35,12 @@ def random_states() -> dict[str, Any]:
         "python": list(random.getstate()),
         "numpy": {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus(device)],
     }
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restore what `random_states` returned."""
+def set_random_states(states: Mapping[str, Any], device: str | None = None) -> None:
+    """Restore what `random_states` returned, of a GPU into `device` where it is named."""
     import numpy as np
     import torch
 
@@ -44,8 +48,17 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for gpu, state in zip(_gpus(device), states["cuda"], strict=False):  # what was kept on a CPU has none
+        torch.cuda.set_rng_state(state, gpu)
+
+
+def _gpus(device: str | None) -> list[str]:
+    """The GPUs whose generators are meant."""
+    import torch
+
+    if device is None:
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [device] if device.startswith("cuda") and torch.cuda.is_available() else []
 
 
 @contextmanager

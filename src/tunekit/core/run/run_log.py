@@ -42,6 +42,7 @@ class RunLog:
         method_state: what the adapter method adds to a checkpoint; set by the pipeline once it is attached.
         load_method_state: puts that back; set as well.
         processes: those of the run; all call the same methods, the first writes and tells.
+        device: where this one computes ("cpu", "cuda", "cuda:1"), whose random states are kept; None for all devices.
         saving: the checkpoint that is being written beside training, if one is.
     """
 
@@ -51,6 +52,7 @@ class RunLog:
     method_state: Callable[[], Mapping[str, Any]] = dict
     load_method_state: Callable[[Mapping[str, Any]], object] = dict
     processes: Processes = ALONE
+    device: str | None = None
     saving: Background[tuple[int, Path]] = attrs.field(factory=Background, init=False, repr=False)
 
     def begin(self, steps: int, notes: Iterable[str]) -> None:
@@ -121,7 +123,7 @@ class RunLog:
             if len(states) != self.processes.count:
                 self.note(f"resumed on {self.processes.count} processes, {len(states)} before: dropout differs")
         if rank < len(states) and (rank == 0 or len(states) == self.processes.count):
-            set_random_states(states[rank])
+            set_random_states(states[rank], self.device)
         elif rank:
             seed_everything((seed + 7919 * rank + 104729 * (self.resumed.step if self.resumed else 0)) % 2**32)
 
@@ -150,7 +152,7 @@ class RunLog:
                 the processes of the run do not have the same parameters.
         """
         self.processes.check_same("what is trained", checkpoint.checksums(model) if self.processes.count > 1 else None)
-        random, *others = self.processes.gather(random_states())
+        random, *others = self.processes.gather(random_states(self.device))
         state = {
             "trainer": sharded.put_together(trainer_state, self.processes.is_first),
             "method": dict(self.method_state()),

@@ -257,7 +257,7 @@ class Bench:
     ) -> None:
         directory.mkdir()
         nobody = Registry(builtins={}, environment={"TUNEKIT_DISABLE_PLUGINS": "*"})
-        run = RunLog(directory=directory, observers=Observers(nobody), resumed=resumed)
+        run = RunLog(directory=directory, observers=Observers(nobody), resumed=resumed, device=self.context.device)
         run.method_state = partial(self.adapter.train_state, model)
         with suppress(_EnoughError):
             attrs.evolve(self.trainer, **known(self.trainer, changes or {})).fit(

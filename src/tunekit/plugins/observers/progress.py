@@ -101,7 +101,7 @@ def tunekit_log(run: RunLog, step: int, metrics: Mapping[str, float]) -> None:
     if run in _shown:
         bar, shown = _shown[run], [f"{name} {value:.4g}" for name, value in metrics.items()]
         if not isinstance(bar, _Lines):
-            shown += [*_speed(run, step, metrics), f"memory {_memory() / 2**20:,.0f} MiB"]
+            shown += [*_speed(run, step, metrics), f"memory {_memory(run.device) / 2**20:,.0f} MiB"]
         bar.show(step, "  ".join(shown))
 
 
@@ -121,10 +121,12 @@ def _speed(run: RunLog, step: int, metrics: Mapping[str, float]) -> list[str]:
     return [f"{metrics['tokens'] * (step - before[0]) / max(1e-9, now - before[1]):,.0f} supervised tokens/s"]
 
 
-def _memory() -> int:
-    """Bytes: the most that were allocated on the CUDA device where one is in use, else those of the process now."""
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+def _memory(device: str | None) -> int:
+    """Bytes: the most that were allocated on the run's GPU where it has one, else those of the process now."""
+    if device and device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
     import psutil
 
     return int(psutil.Process().memory_info().rss)
