@@ -4,7 +4,8 @@
 
 A run is killed `--kills-per-run` times, resumed each time, and then left to finish; then the next one begins. Every
 resume must succeed, and every finished run must equal, byte for byte, one that was never killed: its log of metrics and
-its adapter. Every other kill waits for a checkpoint to be in the middle of being written.
+its adapter. Every other kill waits for a checkpoint to be in the middle of being written. The base is held in float32
+and in bfloat16, run by run.
 """
 
 import argparse
@@ -25,10 +26,11 @@ import tunekit as tk
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+DTYPES = ("float32", "bfloat16")
 FILES = ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
-def pipeline(model: Path, steps: int) -> tk.Pipeline:
+def pipeline(model: Path, steps: int, dtype: str) -> tk.Pipeline:
     """A small run in which everything draws random numbers or has a state, and every step is saved."""
     return tk.Pipeline(
         model=str(model),
@@ -44,10 +46,12 @@ def pipeline(model: Path, steps: int) -> tk.Pipeline:
             keep_best="nll",
             evaluate_every=3,
         ),
+        dtype=dtype,
+        device="cpu",
     )
 
 
-def start(model: Path, steps: int, directory: Path, errors: Path) -> int:
+def start(model: Path, steps: int, dtype: str, directory: Path, errors: Path) -> int:
     """A process of its own that begins the run or goes on with it. It has all libraries, as this one has them."""
     child = os.fork()
     if child:
@@ -55,7 +59,7 @@ def start(model: Path, steps: int, directory: Path, errors: Path) -> int:
     code = 1
     try:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        pipeline(model, steps).run(directory, resume=directory.exists())
+        pipeline(model, steps, dtype).run(directory, resume=directory.exists())
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -125,20 +129,19 @@ def main() -> None:
     prepare(model)
 
     began = time.monotonic()
-    whole = root / "whole"
-    child = start(model, asked.steps, whole, errors)
-    while not ended(child, errors):
-        time.sleep(0.01)
-    length = time.monotonic() - began
-    expected = [(whole / name).read_bytes() for name in FILES]
+    for dtype in DTYPES:
+        child = start(model, asked.steps, dtype, root / dtype, errors)
+        while not ended(child, errors):
+            time.sleep(0.01)
+    length = (time.monotonic() - began) / len(DTYPES)
 
     counts: Counter[str] = Counter()
     runs = quick = 0
     while counts.total() < asked.kills:
-        directory = root / f"run-{runs}"
+        directory, dtype = root / f"run-{runs}", DTYPES[runs % len(DTYPES)]
         killed, done = 0, False
         while not done:
-            child = start(model, asked.steps, directory, errors)
+            child = start(model, asked.steps, dtype, directory, errors)
             if killed < asked.kills_per_run and counts.total() < asked.kills:
                 moment = killed_at(child, directory, errors, draw.uniform(0, 0.6 * length), saving=draw.random() < 0.5)
                 killed += bool(moment)
@@ -150,15 +153,18 @@ def main() -> None:
                 while not ended(child, errors):
                     time.sleep(0.01)
                 done = True
-        for name, content in zip(FILES, expected, strict=True):
-            if (directory / name).read_bytes() != content:
-                sys.exit(f"{directory / name} is not that of the run that was never killed")
+        for name in FILES:
+            if (directory / name).read_bytes() != (root / dtype / name).read_bytes():
+                sys.exit(f"{directory / name} is not that of the run in {dtype} that was never killed")
         shutil.rmtree(directory)
         runs += 1
     shutil.rmtree(root)
     for moment, count in sorted(counts.items()):
         print(f"{count:4} kills {moment}")
-    print(f"{counts.total():4} kills in all, in {runs} runs of {asked.steps} steps; {quick} runs were done before")
+    print(
+        f"{counts.total():4} kills in all, in {runs} runs of {asked.steps} steps, by turns in {' and '.join(DTYPES)}; "
+        f"{quick} runs were done before"
+    )
     took = time.monotonic() - began
     print(f"every resume succeeded, every run ended byte for byte as the one never killed; {took:.0f} s")
 

@@ -27,9 +27,7 @@ PLAIN = {
 }
 CASES = {
     **{name: {"adapter": adapter} for name, adapter in PLAIN.items()},
-    **{f"{name} in bfloat16": {"adapter": PLAIN[name], "dtype": "bfloat16"} for name in ("lora", "full", "adalora")},
     "qlora": {"adapter": tk.QLoRA(rank=2, dropout=0.1)},
-    "qlora in bfloat16": {"adapter": tk.QLoRA(rank=2, dropout=0.1), "dtype": "bfloat16"},
     "lora over int8": {"adapter": PLAIN["lora"], "quantizer": tk.Int8()},
     "adalora over nf4": {"adapter": PLAIN["adalora"], "quantizer": tk.NF4()},
 }
@@ -60,14 +58,16 @@ def test_every_built_in_method_and_quantizer_is_among_the_cases():
     assert named == {name for name in offered if name.startswith(("adapter/", "quantizer/"))}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_run_that_is_stopped_after_every_step_ends_as_one_that_was_not(model, tmp_path, case):
+def test_a_run_that_is_stopped_after_every_step_ends_as_one_that_was_not(model, tmp_path, case, dtype):
     pipeline = tk.Pipeline(
         model=model,
         data=tk.InMemory(rows=ROWS),
         validation=0.0,
         evaluators=(),
         trainer=tk.SFT(epochs=1, batch_size=3, micro_batch_size=1, learning_rate=0.01, warmup=0.4, save_every=1),
+        dtype=dtype,
         **case,
     )
     pipeline.run(tmp_path / "whole")
