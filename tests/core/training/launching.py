@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -43,3 +44,18 @@ def difference(left, right):
     # AdaLoRA may leave a matrix without any rank.
     pairs = [(left[name], right[name]) for name in left if left[name].numel() or right[name].numel()]
     return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def difference_of_ways(left, right, base):
+    """How far the ends of two runs over `base` in bfloat16 are from each other, in parts of the way from its weights.
+
+    Of LoRA's factors B, which start at zero, or of all weights.
+    """
+    start = {name: value.bfloat16() for name, value in load_file(base / "model.safetensors").items()}
+
+    def way(directory):
+        found = {name.split(":")[1]: value for name, value in weights(directory).items()}
+        moved = [value.double() - start.get(name, 0) for name, value in found.items() if "lora_A" not in name]
+        return torch.cat([value.flatten() for value in moved])
+
+    return ((way(left) - way(right)).norm() / way(right).norm()).item()

@@ -41,6 +41,7 @@ SHORT = attrs.evolve(TRAINER, epochs=1)
 IN_PIECES = attrs.evolve(SHORT, parallel="sharded")
 SHARDED = {"lora": METHODS["lora"], "full": METHODS["full"], "qlora": tk.QLoRA(rank=2)}
 DROPOUT = tk.LoRA(rank=2, dropout=0.5)
+IN_BFLOAT16 = {"lora": METHODS["lora"], "full": METHODS["full"], "dropout": DROPOUT}
 EARLY = attrs.evolve(TRAINER, learning_rate=0.5, evaluate_every=1, patience=1, restore_best=True)
 """Its second evaluation is the best by far, and it stops at the third."""
 EVEN = ROWS[:8]
@@ -73,7 +74,7 @@ def theirs(processes=1, **arguments):
     return tk.Transformers(arguments=common | arguments)
 
 
-def make(model, adapter, trainer=TRAINER, rows=ROWS):
+def make(model, adapter, trainer=TRAINER, rows=ROWS, dtype="float32"):
     if adapter in (METHODS["full"], METHODS["last-layers"]):
         # At 0.01, six steps of Adam make 2e-6 of the rounding where a gradient is next to nothing.
         trainer = attrs.evolve(trainer, learning_rate=1e-3)
@@ -84,6 +85,7 @@ def make(model, adapter, trainer=TRAINER, rows=ROWS):
         adapter=adapter,
         trainer=trainer,
         device="cpu",
+        dtype=dtype,
     )
 
 
@@ -115,16 +117,21 @@ def main(what, model, directory):
         except tk.RunExists:
             (directory / f"refused-{os.environ['RANK']}").touch()  # on every process
         make(model, DROPOUT).run(directory / "dropout")
+        for name, adapter in IN_BFLOAT16.items():
+            make(model, adapter, dtype="bfloat16").run(directory / "bfloat16" / name)
         attrs.evolve(make(model, METHODS["lora"], EARLY), baselines=(tk.Prompted(shots=1),)).run(directory / "early")
-        for name, adapter in {"dropout": DROPOUT, "adalora": METHODS["adalora"]}.items():
+        stopped = {"dropout": make(model, DROPOUT), "adalora": make(model, METHODS["adalora"])}
+        stopped["dropout-in-bfloat16"] = attrs.evolve(stopped["dropout"], dtype="bfloat16")
+        for name, pipeline in stopped.items():
             try:
-                make(model, adapter).run(directory / "stopped" / name, observers=[Stops()])
+                pipeline.run(directory / "stopped" / name, observers=[Stops()])
             except SystemExit as error:
                 (directory / f"{name}-left-{os.environ['RANK']}").write_text(str(error.code))
         make(model, METHODS["lora"], theirs(2), EVEN).run(directory / "theirs")
         make(model, METHODS["lora"], theirs(2, gradient_accumulation_steps=2)).run(directory / "theirs-uneven")
     elif what == "resume":
         make(model, DROPOUT).run(directory / "dropout", resume=True)
+        make(model, DROPOUT, dtype="bfloat16").run(directory / "dropout-in-bfloat16", resume=True)
         make(model, METHODS["adalora"]).run(directory / "adalora", resume=True)
     elif what == "sharded":
         # By the launcher's configuration, and then, without it, by the trainer's field.
@@ -133,6 +140,7 @@ def main(what, model, directory):
         for name, adapter in SHARDED.items():
             make(model, adapter, IN_PIECES).run(directory / name)
         make(model, METHODS["lora"], attrs.evolve(EARLY, parallel="sharded")).run(directory / "early")
+        make(model, METHODS["lora"], IN_PIECES, dtype="bfloat16").run(directory / "bfloat16")
         make(model, DROPOUT, IN_PIECES).run(directory / "dropout")
         parallel.started().first(lambda: unfinished(directory / "dropout", directory / "resumed"))
         make(model, DROPOUT, IN_PIECES).run(directory / "resumed", resume=True)

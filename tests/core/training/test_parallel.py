@@ -1,4 +1,4 @@
-"""Two processes make the run that one makes: to the rounding of float32, for every method, resumed or not."""
+"""Two processes make the run that one makes: to the rounding of its dtype, for every method, resumed or not."""
 
 import json
 import shutil
@@ -6,8 +6,8 @@ import shutil
 import attrs
 import pytest
 import torch
-from launching import ACCELERATE, difference, launch
-from parallel_runs import EVEN, METHODS, ROWS, STOP, Stops, check_early, make, theirs
+from launching import ACCELERATE, difference, difference_of_ways, launch
+from parallel_runs import EVEN, IN_BFLOAT16, METHODS, ROWS, STOP, Stops, check_early, make, theirs
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
@@ -43,6 +43,19 @@ def test_two_processes_end_with_the_parameters_of_one(method, two, tiny_director
     mine, its = (json.loads((place / "result.json").read_text()) for place in (two / method, tmp_path / "one"))
     assert mine["metrics"] == pytest.approx(its["metrics"], rel=1e-5)
     assert mine["rows"] == its["rows"]
+
+
+# Weights that are held in bfloat16 are rounded in each of the six steps, those of an adapter never.
+@pytest.mark.parametrize(("method", "rounding"), [("lora", 2**-8), ("full", 3 * 2**-8)])
+def test_over_bfloat16_they_end_within_its_rounding_of_one(method, rounding, two, tiny_directory, tmp_path):
+    pipeline = make(tiny_directory, IN_BFLOAT16[method], dtype="bfloat16")
+    pipeline.run(tmp_path / "one")
+    mine, its = two / "bfloat16" / method, tmp_path / "one"
+    assert difference_of_ways(mine, its, tiny_directory) < rounding
+    for here, there in zip(files.history(mine), files.history(its), strict=True):
+        assert here == pytest.approx(there, rel=2**-8)
+    found = [json.loads((place / "result.json").read_text())["metrics"] for place in (mine, its)]
+    assert found[0] == pytest.approx(found[1], rel=2**-8)
 
 
 def test_the_trainer_of_transformers_ends_with_the_parameters_of_one_process_too(two, tiny_directory, tmp_path):
@@ -81,7 +94,7 @@ def test_all_processes_stop_early_at_the_same_step_and_end_with_the_best(two):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step_with_a_checkpoint(two):
-    for name in ("dropout", "adalora"):
+    for name in ("dropout", "dropout-in-bfloat16", "adalora"):
         assert [(two / f"{name}-left-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
         assert checkpoint.newest(two / "stopped" / name / "checkpoints").step == STOP
 
@@ -91,7 +104,8 @@ def resumed(two, tiny_directory, made_once):
     """Two runs that two processes go on with: one of two processes, with dropout, and one of a single process."""
 
     def fill(directory):
-        shutil.copytree(two / "stopped" / "dropout", directory / "dropout")
+        for name in ("dropout", "dropout-in-bfloat16"):
+            shutil.copytree(two / "stopped" / name, directory / name)
         with pytest.raises(SystemExit):
             make(tiny_directory, METHODS["adalora"]).run(directory / "adalora", observers=[Stops()])
         status, said = launch("resume", tiny_directory, directory, launcher=ACCELERATE)
@@ -102,6 +116,7 @@ def resumed(two, tiny_directory, made_once):
 
 def test_a_run_resumed_on_as_many_processes_is_the_same_to_the_bit_and_accelerate_launches_it(resumed, two):
     assert difference(resumed / "dropout", two / "dropout") == 0
+    assert difference(resumed / "dropout-in-bfloat16", two / "bfloat16" / "dropout") == 0
 
 
 def test_a_run_of_one_process_goes_on_with_two(resumed, one):

@@ -6,7 +6,7 @@ import re
 import attrs
 import pytest
 import torch
-from launching import FSDP, difference, launch
+from launching import FSDP, difference, difference_of_ways, launch
 from parallel_runs import IN_PIECES, METHODS, SHARDED, SHORT, check_early, make, unfinished
 
 import tunekit as tk
@@ -48,6 +48,13 @@ def test_two_processes_with_a_piece_each_end_with_the_parameters_of_one(method, 
     assert mine["metrics"] == pytest.approx(its["metrics"], rel=1e-5)
     assert mine["base_metrics"] == pytest.approx(its["base_metrics"], rel=1e-5)
     assert mine["parameters"] == its["parameters"]
+
+
+def test_over_bfloat16_they_end_within_its_rounding_of_one(two, tiny_directory, tmp_path):
+    make(tiny_directory, METHODS["lora"], SHORT, dtype="bfloat16").run(tmp_path / "one")
+    assert difference_of_ways(two / "bfloat16", tmp_path / "one", tiny_directory) < 2**-8
+    for here, there in zip(files.history(two / "bfloat16"), files.history(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=2**-8)
 
 
 def test_each_process_keeps_about_half_of_the_model(two):
