@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from tunekit.core import recipe
-from tunekit.core.common import secrets
+from tunekit.core.common import secrets, threads
 from tunekit.core.common.random_states import seed_everything
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.data import dataset
@@ -24,21 +23,22 @@ from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.memory.memory_plan import MemoryPlan, settle
-from tunekit.core.model import added_tokens, fingerprint
-from tunekit.core.model.base import Base, LoadBase, Loaded, choose_device, context_length, load_base
-from tunekit.core.model.precision import Precision, check_dtype, choose_precision
+from tunekit.core.model import added_tokens, devices
+from tunekit.core.model.base import Base, LoadBase, Loaded, context_length, load_base
+from tunekit.core.model.precision import Precision, check_dtype, check_scheme, choose_precision
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
 from tunekit.core.run import adapter_files, checkpoint, files, run_report
 from tunekit.core.run.export import Parts
+from tunekit.core.run.facts import Chosen, Facts
 from tunekit.core.run.gauge import Gauge, tokens_of_steps
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.plan import Plan, count_parameters, standing_memory
 from tunekit.core.run.reopening import Reopening
 from tunekit.core.run.result import Run
-from tunekit.core.run.resume import Facts, Opened, Resume, opened
+from tunekit.core.run.resume import Opened, Resume, opened
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Verification, shortened, some_rows
 from tunekit.core.run.verify import Bench
@@ -72,7 +72,7 @@ class Pipeline:
         baselines: longer prompts with which the base is measured as well.
         seed: of the initial adapter, the order of rows, dropout, and the choice of held-out rows.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
-        dtype: of the base weights; None takes what is best: bfloat16 if it is frozen and the hardware is made for it.
+        dtype: of the base weights; None takes what is best: bfloat16 if it is frozen and the hardware is quicker so.
         trust_remote_code: whether code in the model's repository may run.
     """
 
@@ -125,15 +125,9 @@ class Pipeline:
         context = self._context()
         if not isinstance(self.validation, DataSource) and not 0 <= self.validation < 1:
             raise ConfigError(f"a share must be in [0, 1), got {self.validation}", "Pipeline.validation")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device or "cpu"):
-            raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {self.device!r}", "Pipeline.device")
+        devices.check(self.device)
         check_dtype(self.dtype, self.device)
-        scheme = context.quantization
-        if scheme and scheme not in self.adapter.supports:
-            able = ", ".join(sorted(self.adapter.supports)) or "none: quantize nothing, or choose LoRA"
-            raise ConfigError(
-                f"{self.adapter.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter"
-            )
+        check_scheme(context.quantization, self.adapter)
         added_tokens.check_method(self.added_tokens, self.adapter)
         sharded.check(self.trainer, self.adapter, self._quantizer)
         deepspeed.check(self.trainer, self.adapter, self._quantizer)
@@ -162,9 +156,10 @@ class Pipeline:
         config, codec = self._base.config(), self._base.codec(self.template)
         data = self._data(codec, context_length(config))
         steps = self.trainer.planned_steps(len(data.train))
-        device = choose_device(self.device)
+        device = devices.choose(self.device)
         context = self._context(device, codec=codec, total_steps=steps)
-        held, memory = self._settled(data, codec, context)
+        with threads.settled(device) as fewer:
+            held, memory = self._settled(data, codec, context)
         context = attrs.evolve(context, dtype=held.dtype)
         trained = self._empty(context)
         trainable, total = count_parameters(trained)
@@ -183,7 +178,7 @@ class Pipeline:
             checkpoints=self.trainer.checkpoints_kept(),
             memory=memory.parts if memory else standing_memory(trained),
             available=memory.budget if memory else None,
-            choices=memory.choices if memory else {},
+            choices={**fewer, **(memory.choices if memory else {})},
             changed=data.changed,
         )
 
@@ -194,10 +189,11 @@ class Pipeline:
         the method's start and its base, what was saved and what is loaded, merged and live, resumed and uninterrupted.
         """
         self.check()
-        codec, trainer, device = self._base.codec(self.template), shortened(self.trainer), choose_device(self.device)
+        codec, trainer, device = self._base.codec(self.template), shortened(self.trainer), devices.choose(self.device)
         room = context_length(self._base.config())
         rows = some_rows(self.data, trainer, codec, room and room - self.adapter.extra_tokens())
         context = self._context(device, codec=codec, total_steps=trainer.planned_steps(len(rows)))
+        context = attrs.evolve(context, dtype=self._precision(context).dtype)
         load = partial(load_base, self._base, self._quantizer, codec, context)
         parts: dict[str, Any] = {"adapter": self.adapter, "quantizer": self._quantizer, "trainer": trainer}
         return Bench(**parts, codec=codec, rows=rows, context=context, load=load).verification()
@@ -245,33 +241,38 @@ class Pipeline:
         """`run`, with a base from `load`: a comparison has one in memory for all its runs. `alike`: see `Measuring`."""
         self.check()
         told = Observers(default_registry(), observers)
-        processes, device = join(self.trainer, choose_device(self.device))
+        before = Chosen.by(directory) if resume else Chosen()
+        processes, device = join(self.trainer, devices.choose(self.device, before.device))
         if not resume:
             processes.first(partial(files.check_free, directory))
-        config, codec = self._base.config(), self._base.codec(self.template)
-        data = processes.in_turn(lambda: self._data(codec, context_length(config)))
-        processes.check_same("what the data source gives", data.fingerprint)
-        steps = self.trainer.planned_steps(len(data.train))
-        told.add(Gauge(device, tokens_of_steps(self.trainer, data.train.lengths, self.seed)))
-        end = self.adapter.earliest_end(steps)
-        context = self._context(device, codec=codec, total_steps=steps, earliest_end=end, run_directory=directory)
-        held, memory = processes.shared(self._settled, data, codec, context, config)
-        context = attrs.evolve(context, dtype=held.dtype)
+        with threads.settled(device, before.threads, processes.count) as fewer:
+            config, codec = self._base.config(), self._base.codec(self.template)
+            data = processes.in_turn(lambda: self._data(codec, context_length(config)))
+            processes.check_same("what the data source gives", data.fingerprint)
+            steps = self.trainer.planned_steps(len(data.train))
+            told.add(Gauge(device, tokens_of_steps(self.trainer, data.train.lengths, self.seed)))
+            asked, end = self.dtype or before.dtype or "", self.adapter.earliest_end(steps)
+            facts = {"total_steps": steps, "earliest_end": end, "run_directory": directory}
+            context = self._context(device, asked, codec, **facts)
+            held, memory = processes.shared(self._settled, data, codec, context, config)
+            context = attrs.evolve(context, dtype=held.dtype)
+            known = Facts.of(self.to_dict(), self._components, self._base, codec, data.fingerprint, context)
 
-        with opened(directory, self._facts(codec, data, context), steps, resume, processes) as found:
-            log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
-            settled = None if found.checkpoint else memory  # a run that goes on has settled it before
-            log.begin(steps, [*found.notes, *(settled.notes if settled else ())])
-            try:
-                trainer = settled.trainer if settled else self.trainer
-                run = self._train(log, codec, data, context, found, load, trainer, alike)
-            except BaseException as error:
-                log.end(error)
-                raise
-            log.end()
-            late = partial(self._settled, data, codec, context)
-            run_report.leave(log, data, codec, self.trainer, context, memory, late)
-            return run
+            with opened(directory, known, steps, resume, processes) as found:
+                log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
+                settled = None if found.checkpoint else memory  # a run that goes on has settled it before
+                chosen = [] if found.checkpoint else [f"base weights: {held}", *map(": ".join, fewer.items())]
+                log.begin(steps, [*found.notes, *chosen, *(settled.notes if settled else ())])
+                try:
+                    trainer = settled.trainer if settled else self.trainer
+                    run = self._train(log, codec, data, context, found, load, trainer, alike)
+                except BaseException as error:
+                    log.end(error)
+                    raise
+                log.end()
+                late = partial(self._settled, data, codec, context)
+                run_report.leave(log, data, codec, self.trainer, context, memory, late)
+                return run
 
     def _train(
         self,
@@ -371,7 +372,10 @@ class Pipeline:
             facts, parts = attrs.evolve(context, dtype=dtype), (data.train, codec.tokenizer, self._quantizer)
             return self.trainer.plan_memory(partial(self._empty, facts), *parts, facts, unless_roomy=unless_roomy)
 
-        return settle(choose_precision(self.dtype, context.device, self.adapter), plan)
+        return settle(self._precision(context), plan)
+
+    def _precision(self, context: Context) -> Precision:
+        return choose_precision(context.dtype or None, context.device, self.adapter, self._base.empty)
 
     def _context(self, device: str = "", dtype: str = "", codec: Codec | None = None, **facts: Any) -> Context:
         return Context(
@@ -381,7 +385,7 @@ class Pipeline:
             model_type=self._base.model_type(),
             seed=self.seed,
             device=device or self.device or "",
-            dtype=dtype or (choose_precision(self.dtype, device, self.adapter).dtype if device else self.dtype or ""),
+            dtype=dtype or self.dtype or "",
             quantization=self._quantizer.scheme if self._quantizer else None,
             learning_rate=self.adapter.learning_rate,
             better={name: way for evaluator in self.evaluators for name, way in evaluator.better.items()},
@@ -399,15 +403,9 @@ class Pipeline:
         room, parts = context_length(self._base.config()), (self.data, self.validation)
         return baselines(self.baselines, *parts, data, codec, self.evaluators, room, self.seed)
 
-    def _facts(self, codec: Codec, data: dataset.Data, context: Context) -> Facts:
-        registry = default_registry()
-        environment = files.environment(registry, self._components, context.device, context.dtype, self.seed)
-        base, rows = fingerprint.fingerprint(self._base), data.fingerprint
-        return Facts(recipe=self.to_dict(), environment=environment, data=rows, template=codec.template, base=base)
-
     def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
         def context(codec: Codec) -> Context:
-            device = choose_device(self.device)
+            device = devices.here(self.device)
             return self._context(device, files.dtype_of(directory), codec, run_directory=directory)
 
         made_of: dict[str, Any] = {"base": self._base, "adapter": self.adapter, "quantizer": self._quantizer}

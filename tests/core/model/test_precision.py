@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 import tunekit as tk
 from tunekit.core.model import precision
 from tunekit.core.model.precision import choose_precision
+from tunekit.core.model.products import Speeds
 from tunekit.core.registry import default_registry
 from tunekit.testing import tiny_model
 from tunekit.testing.harness import ROWS
@@ -23,7 +25,7 @@ def unset(monkeypatch):
     ("dtype", "device", "method", "quick", "expected"),
     [
         (None, "cpu", FROZEN, False, "float32: this processor has no quick bfloat16"),
-        (None, "cpu", FROZEN, True, "bfloat16: the base is frozen, and this processor multiplies bfloat16 quickly"),
+        (None, "cpu", FROZEN, True, "float32: the base's layers are too small for bfloat16 to pay"),
         (None, "cuda:1", FROZEN, False, "float32: this GPU has no quick bfloat16"),
         (None, "cuda:1", FROZEN, True, "bfloat16: the base is frozen, and this GPU multiplies bfloat16 quickly"),
         (None, "cpu", TRAINED, True, "float32: these weights are trained, and a step would be lost in bfloat16"),
@@ -35,13 +37,57 @@ def unset(monkeypatch):
 )
 def test_the_choice(dtype, device, method, quick, expected, monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: quick)
-    assert str(choose_precision(dtype, device, method)) == expected
+    assert str(choose_precision(dtype, device, method, tiny_model)) == expected
 
 
 def test_the_hardware_is_not_asked_where_the_choice_does_not_depend_on_it(monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
-    assert choose_precision("bfloat16", "cpu", FROZEN).dtype == "bfloat16"
-    assert choose_precision(None, "cpu", TRAINED).dtype == "float32"
+    assert choose_precision("bfloat16", "cpu", FROZEN, tiny_model).dtype == "bfloat16"
+    assert choose_precision(None, "cpu", TRAINED, tiny_model).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "expected"),
+    [
+        (
+            325,
+            176,
+            "float32: this processor multiplies layers of this base at 325 GFLOP/s in float32, at 176 in bfloat16",
+        ),
+        (
+            100,
+            124.9,
+            "float32: this processor multiplies layers of this base at 100 GFLOP/s in float32, at 125 in bfloat16",
+        ),
+        (
+            100,
+            125,
+            "bfloat16: the base is frozen, and this processor multiplies layers of this base at 125 GFLOP/s in "
+            "bfloat16, at 100 in float32",
+        ),
+    ],
+)
+def test_a_processor_with_instructions_for_bfloat16_is_measured_and_the_faster_one_taken(
+    float32, bfloat16, expected, monkeypatch
+):
+    asked = []
+
+    def measured(shapes):
+        asked.append(shapes)
+        return Speeds(float32=float32, bfloat16=bfloat16)
+
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "measured", measured)
+    found = choose_precision(None, "cpu", FROZEN, lambda: nn.Linear(512, 640))
+    assert str(found) == expected
+    assert found.smaller == ("bfloat16" if found.dtype == "float32" else None), "nobody asked for float32"
+    assert asked == [((512, 640),)]
+
+
+def test_a_gpu_is_not_measured(monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "measured", lambda shapes: pytest.fail("measured"))
+    assert choose_precision(None, "cuda", FROZEN, lambda: pytest.fail("made")).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("named", ["float32", "bfloat16"])
@@ -49,12 +95,12 @@ def test_the_environment_names_the_dtype_of_frozen_weights_on_the_cpu_alone(name
     other = {"float32": "bfloat16", "bfloat16": "float32"}[named]
     monkeypatch.setenv("TUNEKIT_CPU_DTYPE", named)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: named == "float32")
-    found = choose_precision(None, "cpu", FROZEN)
+    found = choose_precision(None, "cpu", FROZEN, tiny_model)
     assert str(found) == f"{named}: TUNEKIT_CPU_DTYPE says so"
     assert found.smaller is None, "it is the user's word, and not left where memory is short"
-    assert choose_precision(other, "cpu", FROZEN).dtype == other
-    assert choose_precision(None, "cpu", TRAINED).dtype == "float32"
-    assert choose_precision(None, "cuda", FROZEN).dtype == other
+    assert choose_precision(other, "cpu", FROZEN, tiny_model).dtype == other
+    assert choose_precision(None, "cpu", TRAINED, tiny_model).dtype == "float32"
+    assert choose_precision(None, "cuda", FROZEN, tiny_model).dtype == other
 
 
 def test_another_dtype_in_the_environment_is_refused_by_check(monkeypatch):
@@ -94,8 +140,12 @@ def test_every_built_in_method_that_trains_the_base_says_so():
         assert adapter.trains_base is any(id(p) in own for p in trained if p.requires_grad), name
 
 
-def test_the_plan_and_the_run_say_what_was_chosen(tiny_directory, tmp_path, monkeypatch):
+def test_the_plan_and_the_run_say_what_was_chosen_and_what_was_measured(tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(
+        precision, "shapes_of", lambda model: ((1024, 1024),)
+    )  # those of the tiny model are not measured
+    monkeypatch.setattr(precision, "measured", lambda shapes: Speeds(float32=310.2, bfloat16=929.6))
     pipeline = tk.Pipeline(
         model=str(tiny_directory),
         data=tk.InMemory(rows=ROWS),
@@ -106,7 +156,11 @@ def test_the_plan_and_the_run_say_what_was_chosen(tiny_directory, tmp_path, monk
         device="cpu",
     )
     plan = pipeline.plan()
-    assert plan.precision.startswith("bfloat16: the base is frozen")
+    assert plan.precision == (
+        "bfloat16: the base is frozen, and this processor multiplies layers of this base at 930 GFLOP/s in bfloat16, "
+        "at 310 in float32"
+    )
     assert plan.precision in str(plan)
-    model = pipeline.run(tmp_path / "run")._model(tuned=True).model
-    assert model.get_base_model().dtype == torch.bfloat16
+    run = pipeline.run(tmp_path / "run")
+    assert f"base weights: {plan.precision}\n" in (run.directory / "log.txt").read_text()
+    assert run._model(tuned=True).model.get_base_model().dtype == torch.bfloat16

@@ -202,9 +202,12 @@ def test_one_changed_number_of_the_base_is_another_base(place):
     refused(place, "the configuration is the same, the weights are not")
 
 
-def test_another_revision_is_refused(place):
+def test_another_revision_with_the_same_weights_is_the_same_base_and_without_their_hash_it_is_refused(place):
     path = place / "run" / run.RECIPE
     path.write_text(path.read_text().replace("\nmodel = ", '\nrevision = "v2"\nmodel = ', 1))
+    opened = tk.open_run(place / "run")
+    assert opened.generate("one", max_new_tokens=2) is not None
+    (place / "base" / "model.safetensors").rename(place / "base" / "elsewhere.safetensors")
     refused(place, "is of another revision of its base: 'v2' here, 'main' there")
 
 

@@ -108,7 +108,9 @@ def test_another_version_of_a_component_is_refused_and_another_library_noted(bas
     true = Registry.provenance
     with monkeypatch.context() as patch:
         patch.setattr(Registry, "provenance", lambda self, component: {**true(self, component), "version": "9.9"})
-        with pytest.raises(tk.ConfigError, match=r"components\.adapter/lora: 'tunekit [\d.]+' -> 'tunekit 9\.9'"):
+        with pytest.raises(
+            tk.ConfigError, match=r"components\.adapter/lora: 'tunekit-sdk [\d.]+' -> 'tunekit-sdk 9\.9'"
+        ):
             make(base).run(stopped, resume=True)
     environment = json.loads((stopped / files.ENVIRONMENT).read_text())
     environment["packages"]["torch"] = "2.0.0"
@@ -134,7 +136,7 @@ def test_a_forced_resume_goes_on_with_the_new_fields_and_records_them(base, stop
         "fingerprint of the rows",
         *(f"recipe.trainer.{name}" for name in expected),
     }
-    assert (first["step"], second) == (4, {"step": 6, "changed": [], "libraries": []})
+    assert (first["step"], second) == (4, {"step": 6, "changed": [], "libraries": [], "moved": []})
     log = (stopped / files.LOG).read_text()
     assert "forced, though changed: recipe.trainer.learning_rate: 0.01 -> 0.1" in log
     assert [line["learning_rate"] for line in changed_again.history][4:] == [0.1] * 4, "the new one counts"

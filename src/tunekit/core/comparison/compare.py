@@ -19,8 +19,8 @@ from tunekit.core.comparison.shared_base import SharedBase
 from tunekit.core.comparison.trials import Trial, measured_alike, rows_of, trials_of
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
-from tunekit.core.model import fingerprint
-from tunekit.core.model.base import Base, LoadBase, choose_device
+from tunekit.core.model import devices, fingerprint
+from tunekit.core.model.base import Base, LoadBase
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
@@ -75,7 +75,7 @@ def compare(
     check_names(pipeline.evaluators)
     methods = arms.methods(pipeline, (pipeline.adapter,) if adapters is None else tuple(adapters), learning_rates)
     names = [method.name for method in methods]
-    device, shared = "cpu" if on else choose_device(pipeline.device), SharedBase()
+    device, shared = "cpu" if on else devices.choose(pipeline.device), SharedBase()
     errors: dict[Path, str] = {}
     rows = {seed: rows_of(methods, seed) for seed in seeds}
 

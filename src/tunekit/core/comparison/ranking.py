@@ -20,7 +20,8 @@ from tunekit.core.data.tokens import Tokens
 from tunekit.core.evaluation.predicting import row_losses
 from tunekit.core.evaluation.statistics import mean_interval, paired_difference
 from tunekit.core.interfaces import DataSource, Encoded, Example
-from tunekit.core.model.base import Base, choose_device, context_length
+from tunekit.core.model import devices
+from tunekit.core.model.base import Base, context_length
 from tunekit.core.model.precision import check_dtype
 from tunekit.core.run.files import write_json
 from tunekit.errors import ConfigError, DataError, NotSupported
@@ -144,7 +145,7 @@ def rank_models(
         if value < 4:
             raise ConfigError(f"must be at least 4, got {value}", f"rank_models.{name}")
     texts = _texts(source, rows)
-    chosen = choose_device(device)
+    chosen = devices.choose(device)
     check_dtype(dtype, chosen)
     chosen_dtype = dtype or ("bfloat16" if chosen.startswith("cuda") else "float32")
     found: dict[str, RankedModel] = {}

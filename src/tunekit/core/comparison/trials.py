@@ -8,7 +8,6 @@ from typing import Any
 
 import attrs
 
-from tunekit.core import recipe
 from tunekit.core.comparison import arms
 from tunekit.core.comparison.arm_runs import run_directory
 from tunekit.core.comparison.arms import Method
@@ -18,6 +17,7 @@ from tunekit.core.model import fingerprint
 from tunekit.core.model.base import Base, context_length
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.run import files
+from tunekit.core.run.facts import recipe_changes, same_by_hash
 from tunekit.errors import ConfigError, TunekitError
 
 
@@ -44,15 +44,17 @@ class Trial:
         if not (self.directory / files.RECIPE).is_file():
             files.check_free(self.directory)
             return
-        where = str(self.directory)
-        if changed := recipe.differences(recipe.read(self.directory / files.RECIPE), self.pipeline.to_dict()):
+        where, started = str(self.directory), {}
+        if (self.directory / files.START).is_file():
+            started = files.read_json(self.directory / files.START)
+        named = same_by_hash(started, base, self.data.fingerprint if self.data else None)
+        if changed := recipe_changes(self.directory, self.pipeline.to_dict(), named):
             raise ConfigError(
                 f"{where} holds the run of another pipeline; changed: {'; '.join(changed)}. Delete it, or choose "
                 "another directory",
                 "compare.directory",
             )
-        if (self.directory / files.START).is_file():
-            started = files.read_json(self.directory / files.START)
+        if started:
             fingerprint.check_same(started["base"], base, f"the run in {where}")
             if self.data is not None and started["data"] != self.data.fingerprint:
                 raise ConfigError(f"{where} holds a run with other rows than these", "compare.directory")

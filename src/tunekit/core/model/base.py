@@ -250,16 +250,6 @@ def stop_at(model: PreTrainedModel, codec: Codec) -> None:
     model.generation_config.eos_token_id = list(dict.fromkeys([*stops, *codec.stop_ids]))
 
 
-def choose_device(device: str | None) -> str:
-    """The device to use: the user's, else "cuda" where there is one, else "cpu"; ConfigError if it is not there."""
-    import torch
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "Pipeline.device")
-    return chosen
-
-
 def context_length(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):

@@ -70,18 +70,27 @@ def hash_weights(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def is_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are known to be of the same base: the hashes of its weights say so.
+
+    Then it does not matter what it is called, where it lies and which revision it is.
+    """
+    hashed = then["weights_sha256"] is not None and then["weights_sha256"] == now["weights_sha256"]
+    return hashed and not _differing(then, now)
+
+
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError, naming what differs, unless two fingerprints are of the same base.
 
-    A name may differ: a directory that was moved is still the same base. A field of the configuration that only one
-    side knows comes from another version of transformers.
+    A name may differ: a directory that was moved is still the same base, and so is one that a Hub model was copied to.
+    Where there is no hash of the weights, the revision must be the same.
     """
+    if is_same(then, now):
+        return
     if then["revision"] != now["revision"]:
         revisions = [found["revision"] or "main" for found in (now, then)]
         raise ConfigError(f"is of another revision of its base: {revisions[0]!r} here, {revisions[1]!r} there", where)
-    common = then["config"].keys() & now["config"].keys()
-    differing = sorted(name for name in common if then["config"][name] != now["config"][name])
-    if differing:
+    if differing := _differing(then, now):
         shown = "; ".join(f"{name} is {now['config'][name]!r}, not {then['config'][name]!r}" for name in differing)
         raise ConfigError(f"is of another base than {now['model']!r}: {shown}", where)
     if then["weights_sha256"] != now["weights_sha256"]:
@@ -90,3 +99,9 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> N
             f"is of another base than {now['model']!r}: the configuration is the same, the weights are not{commits}",
             where,
         )
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields that both configurations have, and differently; one that only one has is of another transformers."""
+    common = then["config"].keys() & now["config"].keys()
+    return sorted(name for name in common if then["config"][name] != now["config"][name])

@@ -8,11 +8,17 @@ is float32 in any case, whatever it adapts: a step is smaller than the distance 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model.products import measured, shapes_of
 from tunekit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 VARIABLE = "TUNEKIT_CPU_DTYPE"
 """Names the dtype of frozen weights on the CPU, where `Pipeline.dtype` does not: the same on unlike processors."""
@@ -46,15 +52,29 @@ def check_dtype(dtype: str | None, device: str | None) -> None:
         raise ConfigError("float16 does not train on the CPU; use float32 or bfloat16", "Pipeline.dtype")
 
 
-def choose_precision(dtype: str | None, device: str, method: AdapterMethod) -> Precision:
-    """The dtype of the base's weights: the user's, else bfloat16 if they are frozen and the hardware is made for it.
+def check_scheme(scheme: str | None, method: AdapterMethod) -> None:
+    """Raise ConfigError for a method that cannot train on a base in this quantization; imports no torch."""
+    if scheme and scheme not in method.supports:
+        able = ", ".join(sorted(method.supports)) or "none: quantize nothing, or choose LoRA"
+        raise ConfigError(f"{method.name} cannot train on a {scheme} base; it supports {able}", "Pipeline.adapter")
 
-    What the user says is `dtype`, or on the CPU `TUNEKIT_CPU_DTYPE` for frozen weights.
+
+def choose_precision(
+    dtype: str | None,
+    device: str,
+    method: AdapterMethod,
+    model: Callable[[], nn.Module],
+) -> Precision:
+    """The dtype of the base's weights: the user's, else bfloat16 if they are frozen and the hardware is quicker so.
+
+    What the user says is `dtype`, or on the CPU `TUNEKIT_CPU_DTYPE` for frozen weights. What a processor is quicker in
+    is measured on layers of the base, where it has instructions for bfloat16 at all.
 
     Args:
         dtype: what the user asks for, by torch's name; None for what is best here.
         device: where the weights are ("cpu", "cuda", "cuda:1").
         method: what is trained.
+        model: makes the base, on the meta device; called only where something is measured.
 
     Raises:
         ConfigError: float16 on the CPU, or another `TUNEKIT_CPU_DTYPE` than float32 and bfloat16.
@@ -67,9 +87,16 @@ def choose_precision(dtype: str | None, device: str, method: AdapterMethod) -> P
     if device == "cpu" and (named := _named()):
         return Precision(named, f"{VARIABLE} says so")
     where = "this GPU" if device.startswith("cuda") else "this processor"
-    if multiplies_bfloat16(device):
+    if not multiplies_bfloat16(device):
+        return Precision("float32", f"{where} has no quick bfloat16", smaller="bfloat16")
+    if device != "cpu":
         return Precision("bfloat16", f"the base is frozen, and {where} multiplies bfloat16 quickly")
-    return Precision("float32", f"{where} has no quick bfloat16", smaller="bfloat16")
+    if not (shapes := shapes_of(model())):
+        return Precision("float32", "the base's layers are too small for bfloat16 to pay", smaller="bfloat16")
+    found = measured(shapes)
+    if found.bfloat16_pays:
+        return Precision("bfloat16", f"the base is frozen, and {where} multiplies {found.in_words('bfloat16')}")
+    return Precision("float32", f"{where} multiplies {found.in_words('float32')}", smaller="bfloat16")
 
 
 def _named() -> str | None:
@@ -81,10 +108,10 @@ def _named() -> str | None:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether `device` multiplies bfloat16 faster than float32.
+    """Whether `device` has instructions that multiply bfloat16; torch computes in it on any, by detours.
 
-    Of GPUs those from compute capability 8 on (Ampere); of processors those with AMX or AVX512-BF16. torch computes in
-    bfloat16 on any, by detours.
+    Of GPUs those from compute capability 8 on (Ampere), where they are quick; of processors those with AMX or
+    AVX512-BF16, where they may be slower than those for float32 all the same.
     """
     import torch
 

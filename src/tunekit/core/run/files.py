@@ -93,7 +93,9 @@ def taken(directory: Path, resume: bool) -> Iterator[str]:
 def environment(
     registry: Registry, components: Iterable[Component], device: str, dtype: str, seed: int
 ) -> dict[str, Any]:
-    """What the run was made with: versions, plugins, device and seed; no variables, no paths, no secrets."""
+    """What the run was made with: versions, plugins, device, threads, seed; no variables, no paths, no secrets."""
+    import torch
+
     made_by = [registry.provenance(type(component)) for component in components]
     return {
         "python": platform.python_version(),
@@ -103,6 +105,7 @@ def environment(
         "components": {found["component"]: f"{found['distribution']} {found['version']}" for found in made_by},
         "device": device,
         "dtype": dtype,
+        "threads": torch.get_num_threads(),
         "seed": seed,
     }
 

@@ -7,19 +7,18 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
 from tunekit.core import recipe
 from tunekit.core.common.writing import replace
-from tunekit.core.model import fingerprint
 from tunekit.core.run import checkpoint
 from tunekit.core.run.checkpoint import Checkpoint
+from tunekit.core.run.facts import Facts, changes, library_changes, moved
 from tunekit.core.run.files import (
     ADAPTER,
     CHECKPOINTS,
-    ENVIRONMENT,
     METRICS,
     RECIPE,
     RESULT,
@@ -27,44 +26,11 @@ from tunekit.core.run.files import (
     is_blank,
     read_json,
     taken,
-    write_json,
 )
 from tunekit.core.training.parallel import ALONE, Processes
 from tunekit.errors import ConfigError
 
 Resume = bool | Literal["force"]
-
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy", "tokenizers", "safetensors")
-"""Packages whose version may change the last bits of a result: a change is noted, and no reason to refuse."""
-
-
-@attrs.frozen(kw_only=True)
-class Facts:
-    """What a run is known by. All of it must be the same when it is resumed.
-
-    Args:
-        recipe: the pipeline's, as a table.
-        environment: versions of components and packages, device and dtype.
-        data: the fingerprint of the rows.
-        template: the chat template.
-        base: the fingerprint of the base.
-    """
-
-    recipe: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    data: str
-    template: str
-    base: Mapping[str, Any]
-
-    def write(self, directory: Path) -> None:
-        """Write recipe and environment: with them a run begins."""
-        recipe.write(directory / RECIPE, self.recipe)
-        write_json(directory / ENVIRONMENT, self.environment)
-
-    def start(self, directory: Path, measured: Mapping[str, Any], resumes: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write `start.json`: what was measured of the base, and every time that the run was resumed."""
-        known = {"data": self.data, "template": self.template, "base": self.base}
-        write_json(directory / START, {**measured, **known, "resumes": list(resumes)})
 
 
 @attrs.frozen(kw_only=True)
@@ -76,7 +42,8 @@ class Opened:
         facts: of the run.
         checkpoint: the newest whole one; None for a run that begins.
         changed: what a forced resume goes on in spite of.
-        libraries: versions of libraries that are others than before.
+        libraries: versions of libraries that are others than before, and the device.
+        moved: what has another name or place than before, and is the same.
         notes: what is to be written to the log.
         writes: whether this process is the one that writes.
     """
@@ -86,6 +53,7 @@ class Opened:
     checkpoint: Checkpoint | None = None
     changed: Sequence[str] = ()
     libraries: Sequence[str] = ()
+    moved: Sequence[str] = ()
     notes: Sequence[str] = ()
     writes: bool = True
 
@@ -95,16 +63,18 @@ class Opened:
             self.facts.start(self.directory, {"base_metrics": dict(base_metrics), "prompted": prompted})
 
     def record(self) -> None:
-        """Write down that the run was resumed, and what changed: its checkpoint was found to fit."""
+        """Write down that the run was resumed, what changed, and where all is now: its checkpoint was found to fit."""
         if not self.writes:
             return
         started = read_json(self.directory / START)
         step = self.checkpoint.step if self.checkpoint else 0
-        resumed = {"step": step, "changed": list(self.changed), "libraries": list(self.libraries)}
+        lists = {name: list(getattr(self, name)) for name in ("changed", "libraries", "moved")}
         if self.changed:
             self.facts.write(self.directory)
+        else:  # with the base and the rows where they are now: the run is opened from it
+            recipe.write(self.directory / RECIPE, self.facts.recipe)
         measured = {"base_metrics": started["base_metrics"], "prompted": started.get("prompted", {})}
-        self.facts.start(self.directory, measured, [*started["resumes"], resumed])
+        self.facts.start(self.directory, measured, [*started["resumes"], {"step": step, **lists}])
 
 
 @contextmanager
@@ -174,12 +144,12 @@ def reopen(directory: Path, facts: Facts, steps: int, force: bool) -> Opened:
             f"  {listed}",
             "resume",
         )
-    libraries = library_changes(directory, facts)
+    libraries, elsewhere = library_changes(directory, facts), moved(directory, facts)
     checkpoint.clear_scratch(directory / CHECKPOINTS)
     shutil.rmtree(directory / ADAPTER, ignore_errors=True)
     _forget_after(directory / METRICS, found.step if found else -1)
     if found is None:
-        notes = ("began again: there was no checkpoint to go on from", *changed, *libraries)
+        notes = ("began again: there was no checkpoint to go on from", *changed, *libraries, *elsewhere)
         return Opened(directory=directory, facts=facts, notes=notes)
     forced = [f"forced, though changed: {line}" for line in changed]
     return Opened(
@@ -188,44 +158,9 @@ def reopen(directory: Path, facts: Facts, steps: int, force: bool) -> Opened:
         checkpoint=found,
         changed=changed,
         libraries=libraries,
-        notes=(*forced, *libraries, f"resumed at step {found.step}"),
+        moved=elsewhere,
+        notes=(*forced, *libraries, *elsewhere, f"resumed at step {found.step}"),
     )
-
-
-def changes(directory: Path, facts: Facts) -> list[str]:
-    """How the run in `directory` differs from `facts` in what matters, as "field: old -> new"."""
-    changed = []
-    if (directory / RECIPE).is_file():
-        changed += recipe.differences(recipe.read(directory / RECIPE), facts.recipe)
-    if (directory / ENVIRONMENT).is_file():
-        then = read_json(directory / ENVIRONMENT)
-        if not changed:  # with another recipe, other components are no news
-            changed += recipe.differences(then["components"], facts.environment["components"], "components")
-        changed += recipe.differences(then["dtype"], facts.environment["dtype"], "dtype")
-    if (directory / START).is_file():
-        started = read_json(directory / START)
-        changed += recipe.differences(started["data"][:12], facts.data[:12], "fingerprint of the rows")
-        changed += recipe.differences(started["template"], facts.template, "template")
-        try:
-            fingerprint.check_same(started["base"], facts.base, "the base")
-        except ConfigError as error:
-            changed.append(str(error))
-    return changed
-
-
-def library_changes(directory: Path, facts: Facts) -> list[str]:
-    """Versions of libraries, Python and the device, where they differ; the last bits of the result may too."""
-    if not (directory / ENVIRONMENT).is_file():
-        return []
-    then, now = read_json(directory / ENVIRONMENT), facts.environment
-    changed = [
-        line
-        for name in LIBRARIES
-        for line in recipe.differences(then["packages"].get(name), now["packages"].get(name), name)
-    ]
-    for name in ("python", "device"):
-        changed += recipe.differences(then[name], now[name], name)
-    return changed
 
 
 def _check_within(directory: Path) -> None:

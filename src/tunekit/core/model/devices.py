@@ -1,0 +1,39 @@
+"""Where a model is: on the CPU, or on a CUDA device."""
+
+from __future__ import annotations
+
+import re
+
+from tunekit.errors import ConfigError
+
+
+def check(device: str | None) -> None:
+    """Raise ConfigError for a device of a name that there is not; imports no torch."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
+        raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {device!r}", "Pipeline.device")
+
+
+def choose(device: str | None, before: str | None = None) -> str:
+    """The device to use: the user's; else that of the run gone on with; else "cuda" where there is one, else "cpu".
+
+    Args:
+        device: what the user asks for.
+        before: where a run began that left it open; what is not here is not taken.
+
+    Raises:
+        ConfigError: what the user asks for is not there.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    chosen = device or ("cuda" if there and before != "cpu" else "cpu")
+    if chosen.startswith("cuda") and not there:
+        raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "Pipeline.device")
+    return chosen
+
+
+def here(device: str | None) -> str:
+    """The device to look at a finished run on: the one it was asked to be made on, or what there is here."""
+    import torch
+
+    return choose(None if device and device != "cpu" and not torch.cuda.is_available() else device)
