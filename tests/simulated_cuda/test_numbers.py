@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import simulated_cuda
+from tunekit.core.evaluation import predicting
 from tunekit.core.evaluation.sampling import sample
 from tunekit.core.training.attention import can_be_varlen, causal_attention, varlen_attention
 
@@ -18,12 +20,20 @@ def test_its_numerics_are_right_there_too(pipeline: Any) -> None:
     assert not [line for line in found.lines if line.status == "fail"], str(found)
 
 
-def test_what_is_sampled_follows_the_seed(pipeline: Any, tmp_path: Path) -> None:
+def test_what_is_sampled_follows_the_seed_in_any_company_and_is_drawn_on_the_device(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = pipeline().run(tmp_path / "run")
     loaded = run._model(tuned=True)
-    given = (loaded.codec.tokenizer, [[1, 5, 7]], 4)
-    options = {"count": 3, "temperature": 1.0, "seed": 0}
-    assert sample(loaded.model, *given, **options) == sample(loaded.model, *given, **options)
+    prompts, options = [[1, 5, 7], [4, 9], [6]], {"count": 3, "temperature": 1.0, "seed": 0}
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    with simulated_cuda.counting() as counts:
+        together = sample(loaded.model, loaded.codec.tokenizer, prompts, 4, **options)
+    assert all(map(torch.equal, (torch.get_rng_state(), torch.cuda.get_rng_state()), states))
+    assert not [place for _, place in counts.waits if place.startswith("core/evaluation/sampling.py")], counts.report()
+    assert len({str(answer) for answers in together for answer in answers}) > 3
+    monkeypatch.setattr(predicting, "BATCH_TOKENS", 1)
+    assert sample(loaded.model, loaded.codec.tokenizer, prompts[::-1], 4, **options) == together[::-1]
 
 
 def test_attention_of_rows_end_to_end_is_that_of_each_alone() -> None:

@@ -1,4 +1,4 @@
-"""Sampled answers: the same ones for the same seed, whatever goes through the model together."""
+"""Sampled answers: the same ones for the same seed and device, whatever goes through the model together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tunekit.core.evaluation.predicting import generate
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +28,8 @@ def sample(
 
     The most likely token after Gumbel noise was added to the logits is a draw from their softmax (Maddison et al.,
     https://arxiv.org/abs/1411.0030). The noise of each answer comes from a generator of its own, so that neither the
-    order nor the grouping of prompts changes an answer, and no other random state moves.
+    order nor the grouping of prompts changes an answer, and no other random state moves. A GPU draws other numbers from
+    a seed than the CPU does.
 
     Args:
         model: in any mode; it is left as it is.
@@ -56,16 +58,19 @@ class _Noise:
     """Adds to logits of shape (rows, vocabulary) what makes the greatest a draw; a logits processor of transformers."""
 
     def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        import torch
-
         self._temperature = temperature
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._seeds = seeds
+        self._generators: list[torch.Generator] = []
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         import torch
 
-        drawn = [torch.empty(logits.shape[-1]).exponential_(generator=each) for each in self._generators]
-        return logits.float() / self._temperature - torch.stack(drawn).log().to(logits.device)
+        if not self._generators:  # where the logits are: numbers drawn on the CPU would take longer than the model
+            self._generators = [torch.Generator(logits.device).manual_seed(seed) for seed in self._seeds]
+        drawn = torch.empty_like(logits, dtype=torch.float32)
+        for row, generator in zip(drawn, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return logits.float() / self._temperature - drawn.log_()
 
 
 def _seed(seed: int, prompt: Sequence[int], number: int) -> int:
