@@ -17,6 +17,7 @@ ORDER = [
     # what is needed everywhere
     "core.common.table",
     "core.common.distributions",
+    "core.common.turns",
     "core.common.writing",
     "core.common.free_memory",
     "core.common.threads",

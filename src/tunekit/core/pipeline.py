@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from tunekit.core import recipe
-from tunekit.core.common import secrets, threads
+from tunekit.core.common import secrets, threads, turns
 from tunekit.core.common.random_states import seed_everything
 from tunekit.core.component import Component, Context, check_requirements
 from tunekit.core.data import dataset
@@ -150,9 +150,9 @@ class Pipeline:
         """The first `rows` of the data as the model will see them; see `tunekit.preview`."""
         return first_rows(self._base, self.data, self.template, self.trainer, rows)
 
+    @turns.alone
     def plan(self) -> Plan:
         """What `run` will do: exact steps and tokens from the data, parameters counted without loading weights."""
-        self.check()
         config, codec = self._base.config(), self._base.codec(self.template)
         data = self._data(codec, context_length(config))
         steps = self.trainer.planned_steps(len(data.train))
@@ -182,13 +182,13 @@ class Pipeline:
             changed=data.changed,
         )
 
+    @turns.alone
     def verify(self) -> Verification:
         """Whether the numerics are right on this model, method and data: a few rows, a few steps, nothing is kept.
 
         Compared are a step in one pass and in several, training with padding and without, the loss in chunks and whole,
         the method's start and its base, what was saved and what is loaded, merged and live, resumed and uninterrupted.
         """
-        self.check()
         codec, trainer, device = self._base.codec(self.template), shortened(self.trainer), devices.choose(self.device)
         room = context_length(self._base.config())
         rows = some_rows(self.data, trainer, codec, room and room - self.adapter.extra_tokens())
@@ -230,6 +230,7 @@ class Pipeline:
             return self._finished(directory)
         return self._run(directory, resume, observers, load_base)
 
+    @turns.alone
     def _run(
         self,
         directory: Path,
@@ -239,7 +240,6 @@ class Pipeline:
         alike: Sequence[Path] = (),
     ) -> Run:
         """`run`, with a base from `load`: a comparison has one in memory for all its runs. `alike`: see `Measuring`."""
-        self.check()
         told = Observers(default_registry(), observers)
         before = Chosen.by(directory) if resume else Chosen()
         processes, device = join(self.trainer, devices.choose(self.device, before.device))
@@ -262,7 +262,7 @@ class Pipeline:
                 log = RunLog(directory=directory, observers=told, resumed=found.checkpoint, processes=processes)
                 settled = None if found.checkpoint else memory  # a run that goes on has settled it before
                 chosen = [] if found.checkpoint else [f"base weights: {held}", *map(": ".join, fewer.items())]
-                log.begin(steps, [*found.notes, *chosen, *(settled.notes if settled else ())])
+                log.begin(steps, [*turns.notes(), *found.notes, *chosen, *(settled.notes if settled else ())])
                 try:
                     trainer = settled.trainer if settled else self.trainer
                     run = self._train(log, codec, data, context, found, load, trainer, alike)

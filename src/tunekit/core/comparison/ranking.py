@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common import turns
 from tunekit.core.common.secrets import redacted
 from tunekit.core.common.table import html_table, table
 from tunekit.core.data import dataset
@@ -154,7 +155,8 @@ def rank_models(
         began = time.monotonic()
         try:
             base = Base(model=name, trust_remote_code=trust_remote_code)
-            bits[name], tokens, parameters = _measure(base, texts, context, chosen, chosen_dtype)
+            with turns.turn("rank_models"):
+                bits[name], tokens, parameters = _measure(base, texts, context, chosen, chosen_dtype)
             found[name] = RankedModel(
                 model=name,
                 bytes_per_token=sum(map(_size, texts)) / tokens,

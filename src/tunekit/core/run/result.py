@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunekit.core.common import plots
+from tunekit.core.common import plots, turns
 from tunekit.core.common.table import html_table, table
 from tunekit.core.data.codec import Message
 from tunekit.core.evaluation.predicting import generate
@@ -110,9 +110,10 @@ class Run:
             max_new_tokens: the answer is cut after so many tokens.
             tuned: False asks the base model instead.
         """
-        loaded = self._model(tuned)
-        answer = generate(loaded.model, loaded.codec.tokenizer, [loaded.codec.prompt(prompt)], max_new_tokens)
-        return loaded.codec.decode(answer[0])
+        with turns.turn("Run.generate"):
+            loaded = self._model(tuned)
+            answer = generate(loaded.model, loaded.codec.tokenizer, [loaded.codec.prompt(prompt)], max_new_tokens)
+            return loaded.codec.decode(answer[0])
 
     def export(
         self,
@@ -139,8 +140,9 @@ class Run:
             ConfigError: the adapter is damaged, or not of this base and template.
             ExportError: what was written does not do what the merged model does; nothing of it is left.
         """
-        live = self._model(tuned=True) if into_quantized else None
-        return export(self.directory, self._parts, Path(directory), dtype, live)
+        with turns.turn("Run.export"):
+            live = self._model(tuned=True) if into_quantized else None
+            return export(self.directory, self._parts, Path(directory), dtype, live)
 
     def __str__(self) -> str:
         return table(*found) if (found := self._table())[1] else f"run in {self.directory}: no metrics"
