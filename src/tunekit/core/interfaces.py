@@ -117,7 +117,7 @@ class AdapterMethod(Component):
     starts_as_base: bool = True
     """Whether the model predicts what its base does until the first step."""
     trains_base: ClassVar[bool] = False
-    """Whether it trains weights of the base itself, which are float32 then unless the user asks for another dtype."""
+    """Whether it trains weights of the base itself; they are float32 then, and computed with in the base's dtype."""
     trains_added_tokens: ClassVar[bool] = False
     """Whether it trains, saves and loads the rows of the tokens in `Context.added_ids`, of embedding and head."""
 

@@ -23,7 +23,7 @@ from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
 from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.memory.memory_plan import MemoryPlan, settle
-from tunekit.core.model import added_tokens, devices
+from tunekit.core.model import added_tokens, attaching, devices
 from tunekit.core.model.base import Base, LoadBase, Loaded, context_length, load_base
 from tunekit.core.model.precision import Precision, check_dtype, check_scheme, choose_precision
 from tunekit.core.registry import default_registry
@@ -72,7 +72,7 @@ class Pipeline:
         baselines: longer prompts with which the base is measured as well.
         seed: of the initial adapter, the order of rows, dropout, and the choice of held-out rows.
         device: "cpu", "cuda", "cuda:1"; None takes CUDA where there is one.
-        dtype: of the base weights; None takes what is best: bfloat16 if it is frozen and the hardware is quicker so.
+        dtype: of the base weights; None takes what is best: bfloat16 if the hardware is quicker so.
         trust_remote_code: whether code in the model's repository may run.
     """
 
@@ -296,7 +296,7 @@ class Pipeline:
             base = pieces.load(give) if pieces.wanted else base  # nothing can be attached to pieces
 
         seed_everything(self.seed)
-        model = self.adapter.attach(base, context)
+        model = attaching.attach(self.adapter, base, context)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
         before = checkpoint.checksums(model)
@@ -308,23 +308,22 @@ class Pipeline:
             log.load_method_state(log.resumed.state["method"])
             found.record()
 
-        trained = trainer.fit(
-            pieces.cut(model),
-            codec.tokenizer,
-            data.train,
-            after_step=measuring.counting(self.adapter.after_step),
-            extra_loss=self.adapter.extra_loss,
-            validate=partial(measuring.measure, model) if data.validation else None,
-            run=log,
-            context=context,
-        )
-
+        with attaching.explained(self.adapter, context):
+            trained = trainer.fit(
+                pieces.cut(model),
+                codec.tokenizer,
+                data.train,
+                after_step=measuring.counting(self.adapter.after_step),
+                extra_loss=self.adapter.extra_loss,
+                validate=partial(measuring.measure, model) if data.validation else None,
+                run=log,
+                context=context,
+            )
         checkpoint.check_moved(model, before)
         with sharded.whole(model):
             log.write(files.ADAPTER, lambda at: adapter_files.save(at, self.adapter, model, found.facts.base, codec))
         # Packed weights are fewer numbers than parameters: those of a quantized base are counted on a plain one.
-        empty = partial(self._base.empty, added_ids=context.added_ids)
-        plain = self.adapter.attach(empty(), context) if self._quantizer else model
+        plain = self._empty(context) if self._quantizer else model
         trainable, total = count_parameters(plain)
         started = files.read_json(log.directory / files.START)
         result = {
@@ -361,7 +360,7 @@ class Pipeline:
 
     def _empty(self, context: Context) -> Any:
         """The model with the method attached, on the meta device."""
-        return self.adapter.attach(self._base.empty(context.dtype, context.added_ids), context)
+        return attaching.attach(self.adapter, self._base.empty(context.dtype, context.added_ids), context)
 
     def _settled(
         self, data: dataset.Data, codec: Codec, context: Context, unless_roomy: Any = None

@@ -16,6 +16,7 @@ from tunekit.core.component import Component, Context
 from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Example, Quantizer, Trainer
+from tunekit.core.model import attaching
 from tunekit.core.model.base import Base, no_progress_bars
 from tunekit.core.pipeline import Pipeline
 from tunekit.core.registry import Registry, default_registry
@@ -146,7 +147,7 @@ def attached(adapter: AdapterMethod, harness: Harness, steps: int = STEPS) -> nn
 
     model = harness.model()
     torch.manual_seed(0)
-    return adapter.attach(model, harness.context(steps))
+    return attaching.attach(adapter, model, harness.context(steps))
 
 
 _NO_PLUGINS = {"TUNEKIT_DISABLE_PLUGINS": "*"}

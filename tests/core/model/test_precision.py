@@ -13,6 +13,7 @@ from tunekit.testing import tiny_model
 from tunekit.testing.harness import ROWS
 
 FROZEN, TRAINED = tk.LoRA(), tk.Full()
+MASTERS = "; what is trained is held in float32"
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +28,12 @@ def unset(monkeypatch):
         (None, "cpu", FROZEN, False, "float32: this processor has no quick bfloat16"),
         (None, "cpu", FROZEN, True, "float32: the base's layers are too small for bfloat16 to pay"),
         (None, "cuda:1", FROZEN, False, "float32: this GPU has no quick bfloat16"),
-        (None, "cuda:1", FROZEN, True, "bfloat16: the base is frozen, and this GPU multiplies bfloat16 quickly"),
-        (None, "cpu", TRAINED, True, "float32: these weights are trained, and a step would be lost in bfloat16"),
-        (None, "cuda", TRAINED, True, "float32: these weights are trained, and a step would be lost in bfloat16"),
-        ("bfloat16", "cpu", TRAINED, False, "bfloat16: as asked for"),
+        (None, "cuda:1", FROZEN, True, "bfloat16: this GPU multiplies bfloat16 quickly" + MASTERS),
+        (None, "cpu", TRAINED, True, "float32: the base's layers are too small for bfloat16 to pay"),
+        (None, "cuda", TRAINED, True, "bfloat16: this GPU multiplies bfloat16 quickly" + MASTERS),
+        ("bfloat16", "cpu", TRAINED, False, "bfloat16: as asked for" + MASTERS),
         ("float32", "cuda", FROZEN, True, "float32: as asked for"),
-        ("float16", "cuda", FROZEN, True, "float16: as asked for"),
+        ("float16", "cuda", FROZEN, True, "float16: as asked for" + MASTERS),
     ],
 )
 def test_the_choice(dtype, device, method, quick, expected, monkeypatch):
@@ -43,7 +44,7 @@ def test_the_choice(dtype, device, method, quick, expected, monkeypatch):
 def test_the_hardware_is_not_asked_where_the_choice_does_not_depend_on_it(monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: pytest.fail("asked"))
     assert choose_precision("bfloat16", "cpu", FROZEN, tiny_model).dtype == "bfloat16"
-    assert choose_precision(None, "cpu", TRAINED, tiny_model).dtype == "float32"
+    assert choose_precision("float32", "cpu", TRAINED, tiny_model).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -62,13 +63,14 @@ def test_the_hardware_is_not_asked_where_the_choice_does_not_depend_on_it(monkey
         (
             100,
             125,
-            "bfloat16: the base is frozen, and this processor multiplies layers of this base at 125 GFLOP/s in "
-            "bfloat16, at 100 in float32",
+            "bfloat16: this processor multiplies layers of this base at 125 GFLOP/s in bfloat16, at 100 in float32"
+            + MASTERS,
         ),
     ],
 )
+@pytest.mark.parametrize("method", [FROZEN, TRAINED])
 def test_a_processor_with_instructions_for_bfloat16_is_measured_and_the_faster_one_taken(
-    float32, bfloat16, expected, monkeypatch
+    float32, bfloat16, expected, method, monkeypatch
 ):
     asked = []
 
@@ -78,9 +80,10 @@ def test_a_processor_with_instructions_for_bfloat16_is_measured_and_the_faster_o
 
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr(precision, "measured", measured)
-    found = choose_precision(None, "cpu", FROZEN, lambda: nn.Linear(512, 640))
+    found = choose_precision(None, "cpu", method, lambda: nn.Linear(512, 640))
     assert str(found) == expected
-    assert found.smaller == ("bfloat16" if found.dtype == "float32" else None), "nobody asked for float32"
+    spare = "bfloat16" if found.dtype == "float32" and method is FROZEN else None
+    assert found.smaller == spare, "nobody asked for float32"
     assert asked == [((512, 640),)]
 
 
@@ -91,15 +94,15 @@ def test_a_gpu_is_not_measured(monkeypatch):
 
 
 @pytest.mark.parametrize("named", ["float32", "bfloat16"])
-def test_the_environment_names_the_dtype_of_frozen_weights_on_the_cpu_alone(named, monkeypatch):
+def test_the_environment_names_the_dtype_on_the_cpu_alone(named, monkeypatch):
     other = {"float32": "bfloat16", "bfloat16": "float32"}[named]
     monkeypatch.setenv("TUNEKIT_CPU_DTYPE", named)
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: named == "float32")
     found = choose_precision(None, "cpu", FROZEN, tiny_model)
-    assert str(found) == f"{named}: TUNEKIT_CPU_DTYPE says so"
+    assert str(found) == f"{named}: TUNEKIT_CPU_DTYPE says so" + MASTERS * (named == "bfloat16")
     assert found.smaller is None, "it is the user's word, and not left where memory is short"
     assert choose_precision(other, "cpu", FROZEN, tiny_model).dtype == other
-    assert choose_precision(None, "cpu", TRAINED, tiny_model).dtype == "float32"
+    assert choose_precision(None, "cpu", TRAINED, tiny_model) == found
     assert choose_precision(None, "cuda", FROZEN, tiny_model).dtype == other
 
 
@@ -157,8 +160,8 @@ def test_the_plan_and_the_run_say_what_was_chosen_and_what_was_measured(tiny_dir
     )
     plan = pipeline.plan()
     assert plan.precision == (
-        "bfloat16: the base is frozen, and this processor multiplies layers of this base at 930 GFLOP/s in bfloat16, "
-        "at 310 in float32"
+        "bfloat16: this processor multiplies layers of this base at 930 GFLOP/s in bfloat16, at 310 in float32"
+        + MASTERS
     )
     assert plan.precision in str(plan)
     run = pipeline.run(tmp_path / "run")

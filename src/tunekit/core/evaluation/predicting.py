@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tunekit.core.data.batching import chunks, collate, lengths
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
+from tunekit.core.model.masters import rounded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,7 +149,7 @@ def generate(
 
     device, fill, stops = next(model.parameters()).device, pad_id(tokenizer), stop_ids(model)
     answers: dict[int, list[int]] = {}
-    with evaluating(model):
+    with evaluating(model), rounded(model):
         for group in chunks([len(prompt) + max_new_tokens for prompt in prompts], BATCH_TOKENS):
             width = len(prompts[group[0]])
             padding = [width - len(prompts[at]) for at in group]

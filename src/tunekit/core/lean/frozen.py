@@ -52,9 +52,11 @@ class Frozen:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (out_features), which may be trained; None if there is none."""
+        """The bias (out_features), which may be trained, as it is added; None if there is none."""
         found: Tensor | None = self.module.bias
-        return found
+        if found is None or self._quantized:
+            return found
+        return found.to(self.module.weight.dtype)  # one that is trained is float32
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether the layer multiplies activations of `dtype` as they are."""

@@ -8,11 +8,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
-from tunekit.core.model import added_tokens, packed, targets
+from tunekit.core.model import added_tokens, masters, packed, targets
 from tunekit.core.model.base import label_of
 from tunekit.core.model.dequantize import empty
 from tunekit.core.model.quick_imports import import_bitsandbytes
@@ -21,7 +21,7 @@ from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -59,7 +59,7 @@ class PeftMethod(AdapterMethod):
                 wrapped = get_peft_model(self._shown(model), config)
         except ValueError as error:
             raise ConfigError(f"{error}", self.name) from error
-        _train_in_float32(wrapped)
+        masters.train_in_float32(wrapped)
         # PEFT notes the path the base was loaded from, which others have not, and no revision at all.
         config.base_model_name_or_path = label_of(context.model_id)
         config.revision = getattr(model.config, "_commit_hash", None)
@@ -116,7 +116,7 @@ class PeftMethod(AdapterMethod):
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
                 # By itself, PEFT reads everything into the first GPU that it sees.
                 loaded = PeftModel.from_pretrained(self._shown(model), directory, torch_device=str(model.device))
-                if _train_in_float32(loaded):  # PEFT has rounded what it put there
+                if _hold_whole(loaded):  # PEFT has rounded what it put there
                     set_peft_model_state_dict(loaded, load_file(directory / "adapter_model.safetensors"))
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise ConfigError(f"cannot load the adapter in {directory}: {error}", self.name) from error
@@ -129,6 +129,7 @@ class PeftMethod(AdapterMethod):
         if context.quantization:
             raise NotSupported(f"{self.name}: merging onto a {context.quantization} base is not supported")
         merged = copy.deepcopy(model)
+        masters.forget(merged)
         dtype = next(merged.base_model.parameters()).dtype
         return merged.float().merge_and_unload(safe_merge=True).to(dtype)
 
@@ -169,31 +170,14 @@ def _conv1d(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return [name for name in names if type(plain.get_submodule(name)).__name__ == "Conv1D"]
 
 
-def _train_in_float32(model: PeftModel) -> bool:
-    """Have modules that are trained whole in float32 as well, which PEFT copies in the base's dtype; whether any is."""
+def _hold_whole(model: PeftModel) -> bool:
+    """Have modules that were trained whole in float32, which PEFT copies in the base's dtype; whether any is."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    found = False
-    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
-        if any(parameter.dtype.itemsize < 4 for parameter in wrapper.modules_to_save.parameters()):
-            wrapper.modules_to_save.float()
-            # On the wrapper, not on the copy: a merged model keeps the copy alone.
-            wrapper.register_forward_pre_hook(_as_the_copy)
-            wrapper.register_forward_hook(_as_the_original)
-            found = True
-    return found
-
-
-def _as_the_copy(wrapper: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Activations in the dtype of the weights in use; token ids as they are."""
-    chosen = wrapper.original_module if wrapper.disable_adapters else wrapper.modules_to_save
-    dtype = next(chosen.parameters()).dtype
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
-
-
-def _as_the_original(wrapper: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """What the base goes on with, in its own dtype."""
-    return output.to(next(wrapper.original_module.parameters()).dtype)
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    widened = masters.widen(parameter for wrapper in wrappers for parameter in wrapper.modules_to_save.parameters())
+    masters.see_rounded(model, widened)
+    return bool(widened)
 
 
 def _check_names(model: PeftModel, directory: Path) -> None:

@@ -1,8 +1,8 @@
-"""In which dtype the base's weights are held, and why.
+"""In which dtype a run multiplies and its frozen weights are held, and why.
 
 A frozen weight is only multiplied with, so half the bits serve as well where the hardware multiplies them quickly: half
 the memory, and up to twice or more the speed. It is loaded in that dtype once, and never cast again. What is trained
-is float32 in any case, whatever it adapts: a step is smaller than the distance of two bfloat16 numbers.
+is held in float32 in any case, and rounded to that dtype whenever it is multiplied with; see `masters`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 VARIABLE = "TUNEKIT_CPU_DTYPE"
-"""Names the dtype of frozen weights on the CPU, where `Pipeline.dtype` does not: the same on unlike processors."""
+"""Names the dtype on the CPU, where `Pipeline.dtype` does not: the same on unlike processors."""
 
 
 @attrs.frozen
 class Precision:
-    """A dtype of weights.
+    """What a run multiplies in; frozen weights are held in it, and trained ones in float32.
 
     Args:
         dtype: torch's name of it.
         reason: why it was chosen.
         smaller: what is taken instead where it does not fit into the memory that the user allows; None for nothing.
+        trained: in which dtype trained weights are held.
     """
 
     dtype: str
     reason: str
     smaller: str | None = None
+    trained: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.dtype}: {self.reason}"
+        held = "" if self.dtype == self.trained else f"; what is trained is held in {self.trained}"
+        return f"{self.dtype}: {self.reason}{held}"
 
 
 def check_dtype(dtype: str | None, device: str | None) -> None:
@@ -65,10 +68,10 @@ def choose_precision(
     method: AdapterMethod,
     model: Callable[[], nn.Module],
 ) -> Precision:
-    """The dtype of the base's weights: the user's, else bfloat16 if they are frozen and the hardware is quicker so.
+    """The dtype of the base's weights: the user's, else bfloat16 if the hardware is quicker so.
 
-    What the user says is `dtype`, or on the CPU `TUNEKIT_CPU_DTYPE` for frozen weights. What a processor is quicker in
-    is measured on layers of the base, where it has instructions for bfloat16 at all.
+    What the user says is `dtype`, or on the CPU `TUNEKIT_CPU_DTYPE`. What a processor is quicker in is measured on
+    layers of the base, where it has instructions for bfloat16 at all.
 
     Args:
         dtype: what the user asks for, by torch's name; None for what is best here.
@@ -82,21 +85,21 @@ def choose_precision(
     check_dtype(dtype, device)
     if dtype:
         return Precision(dtype, "as asked for")
-    if method.trains_base:
-        return Precision("float32", "these weights are trained, and a step would be lost in bfloat16")
     if device == "cpu" and (named := _named()):
         return Precision(named, f"{VARIABLE} says so")
     where = "this GPU" if device.startswith("cuda") else "this processor"
+    # Of weights that are trained, copies in the smaller one would come on top.
+    smaller = None if method.trains_base else "bfloat16"
     if not multiplies_bfloat16(device):
-        return Precision("float32", f"{where} has no quick bfloat16", smaller="bfloat16")
+        return Precision("float32", f"{where} has no quick bfloat16", smaller)
     if device != "cpu":
-        return Precision("bfloat16", f"the base is frozen, and {where} multiplies bfloat16 quickly")
+        return Precision("bfloat16", f"{where} multiplies bfloat16 quickly")
     if not (shapes := shapes_of(model())):
-        return Precision("float32", "the base's layers are too small for bfloat16 to pay", smaller="bfloat16")
+        return Precision("float32", "the base's layers are too small for bfloat16 to pay", smaller)
     found = measured(shapes)
     if found.bfloat16_pays:
-        return Precision("bfloat16", f"the base is frozen, and {where} multiplies {found.in_words('bfloat16')}")
-    return Precision("float32", f"{where} multiplies {found.in_words('float32')}", smaller="bfloat16")
+        return Precision("bfloat16", f"{where} multiplies {found.in_words('bfloat16')}")
+    return Precision("float32", f"{where} multiplies {found.in_words('float32')}", smaller)
 
 
 def _named() -> str | None:

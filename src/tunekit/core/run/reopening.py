@@ -10,6 +10,7 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, Quantizer
+from tunekit.core.model import attaching
 from tunekit.core.model.base import Base, Loaded, load_base
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.run import adapter_files, files
@@ -38,7 +39,8 @@ class Reopening:
     def load(self, tuned: bool) -> Loaded:
         """The tuned model, or its base, fresh from disk and in the dtype of the run."""
         found = self._load_base()
-        model = self.adapter.load(found.model, self.directory / files.ADAPTER) if tuned else found.model
+        at = self.directory / files.ADAPTER
+        model = attaching.load(self.adapter, found.model, at, found.context) if tuned else found.model
         return attrs.evolve(found, model=model.eval())
 
     def load_plain(self, dtype: str | None) -> Loaded:
@@ -46,7 +48,7 @@ class Reopening:
         found = self._load_base()
         base = dequantize(found.model, self.quantizer) if self.quantizer else found.model.float()
         context = attrs.evolve(found.context, quantization=None, dtype=dtype or found.context.dtype)
-        model = self.adapter.load(base, self.directory / files.ADAPTER)
+        model = attaching.load(self.adapter, base, self.directory / files.ADAPTER, context)
         return attrs.evolve(found, model=model.eval(), context=context)
 
     def _load_base(self) -> Loaded:

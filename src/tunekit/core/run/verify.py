@@ -21,6 +21,7 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import evaluating, pad_id, trying
 from tunekit.core.interfaces import AdapterMethod, Encoded, Quantizer, Trainer
 from tunekit.core.lean.trial import stirred
+from tunekit.core.model import attaching
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
@@ -134,7 +135,7 @@ class Bench:
     def _saved(self) -> float:
         if "unsaved" in self._trained:
             raise self._trained["unsaved"]
-        loaded = self.adapter.load(self.load(), self._adapter)
+        loaded = attaching.load(self.adapter, self.load(), self._adapter, self.context)
         return _away(self._logits(loaded), self._trained["logits"])
 
     def _merged(self) -> float:
@@ -142,7 +143,7 @@ class Bench:
             raise NotSupported("it could not be saved")
         base = self.load()
         plain = dequantize(base, self.quantizer) if self.quantizer else base.float()
-        live = self.adapter.load(plain, self._adapter).eval()
+        live = attaching.load(self.adapter, plain, self._adapter, self.context).eval()
         before = self._logits(live)
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
         return _away(self._logits(merged), before)
@@ -170,7 +171,7 @@ class Bench:
 
     def _attached(self, base: PreTrainedModel) -> nn.Module:
         seed_everything(self.context.seed)
-        return self.adapter.attach(base, self.context)
+        return attaching.attach(self.adapter, base, self.context)
 
     def _logits(self, model: nn.Module) -> Tensor:
         """What it predicts for the rows, (rows, time, vocabulary) in float32, padding set to zero."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from tunekit.core.model import masters
 from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
@@ -40,8 +41,12 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
     One layer at a time, since layers are alike: their one graph is compiled once. The modules stay the same ones, and
     so do the names of their parameters.
+
+    Raises NotSupported for layers with master weights: torch compiles each anew, since their hooks are different ones.
     """
     layers = decoder_layers(model)
+    if any(masters.are_in(layer) for layer in layers):
+        raise NotSupported("what is trained in them is held in float32 and seen rounded; dtype='float32' compiles")
     before = [layer._compiled_call_impl for layer in layers]
     for layer in layers:
         layer.compile(dynamic=True, backend=BACKEND)

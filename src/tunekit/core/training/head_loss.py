@@ -46,7 +46,12 @@ def without_softcap(config: Any, head: Callable[[Tensor], Tensor]) -> Iterator[C
 
 
 def head_loss(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], weights: list[nn.Parameter], vocabulary: int
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    weights: list[nn.Parameter],
+    vocabulary: int,
+    seen: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The summed cross-entropy of `head(hidden)` against `targets`, in float32, as a tensor to go backward from.
 
@@ -59,9 +64,10 @@ def head_loss(
         head: from (tokens, features) to logits of shape (tokens, vocabulary).
         weights: the parameters of `head` that are trained.
         vocabulary: how many logits a token has.
+        seen: what `head` multiplies with in the place of each of `weights`: it, rounded. None for these themselves.
     """
     size = max(CHUNK_TOKENS, CHUNK_NUMBERS // vocabulary)
-    total: Tensor = _HeadLoss.apply(hidden, targets, head, size, *weights)
+    total: Tensor = _HeadLoss.apply(hidden, targets, head, size, seen or weights, *weights)
     return total
 
 
@@ -69,7 +75,9 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """See `head_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, *weights: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Any, size: int, seen: Sequence[Tensor], *weights: nn.Parameter
+    ) -> Tensor:
         learning = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         gradients = []
@@ -77,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             gradients = [torch.zeros_like(hidden), *(torch.zeros_like(w, dtype=torch.float32) for w in weights)]
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            loss, found = _of_chunk(hidden[part], targets[part], head, weights, learning)
+            loss, found = _of_chunk(hidden[part], targets[part], head, seen, learning)
             total += loss
             if learning:
                 gradients[0][part] = found[0]
@@ -91,11 +99,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         scaled = (saved * gradients[0] for saved in ctx.saved_tensors)
         hidden, *weights = (tensor.to(dtype) for tensor, dtype in zip(scaled, ctx.dtypes, strict=True))
-        return hidden, None, None, None, *weights
+        return hidden, None, None, None, None, *weights
 
 
 def _of_chunk(
-    hidden: Tensor, targets: Tensor, head: Any, weights: Sequence[nn.Parameter], learning: bool
+    hidden: Tensor, targets: Tensor, head: Any, weights: Sequence[Tensor], learning: bool
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The loss of a chunk, and where `learning` the gradients of `hidden` and `weights`. Its logits are gone then."""
     with torch.set_grad_enabled(learning):

@@ -21,6 +21,7 @@ from tunekit.core.evaluation.predicting import drops, evaluating, trying
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forwards
 from tunekit.core.lean.trial import fault
+from tunekit.core.model.masters import computing_dtype, rounded
 from tunekit.core.training import compiled
 from tunekit.core.training.batch import Batch, end_to_end, padded
 from tunekit.core.training.excerpts import excerpts
@@ -107,7 +108,9 @@ class RowsLoss:
         ):
             hidden = model(**inputs, use_cache=False).logits
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size)
+        with rounded(head, trained=True) as copies:
+            seen = [copies.get(parameter, parameter) for parameter in trained]
+            return head_loss(hidden.flatten(0, 1)[places], wanted, real, trained, self.model.config.vocab_size, seen)
 
     def _states(self, batch: Batch) -> Tensor:
         """What the frozen layers make of its inputs, shape (rows, tokens, features); of padding, zeros."""
@@ -288,7 +291,7 @@ def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None
             found = float(loss.detach())
     except Exception as error:  # whatever a model of somebody else's raises, there is the plain way
         return f"{type(error).__name__}: {error}"
-    dtype = str(next(tried.model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(computing_dtype(tried.model)).removeprefix("torch.")
     if abs(found - plain) <= TOLERANCE.get(dtype, 1e-2) * abs(plain):
         return None
     return f"the loss is {found:.6g} so, and {plain:.6g} plainly"

@@ -22,9 +22,9 @@ class Full(AdapterMethod):
     """Full fine-tuning: every parameter W becomes W + dW, with nothing added and nothing frozen.
 
     It learns the most and forgets the most, and needs memory for a gradient and the optimizer's two moments of every
-    parameter: four times the weights with AdamW. It takes a small learning rate. Weights are float32, unless the
-    pipeline's `dtype` says otherwise: in bfloat16 changes below a 256th of a weight are lost. What is saved is as large
-    as the model. Howard and Ruder 2018, https://arxiv.org/abs/1801.06146; compared with LoRA by Biderman et al. 2024,
+    parameter: four times the weights with AdamW. It takes a small learning rate. Weights are float32; over a base in
+    bfloat16 they are rounded for as long as they are multiplied with. What is saved is as large as the model. Howard
+    and Ruder 2018, https://arxiv.org/abs/1801.06146; compared with LoRA by Biderman et al. 2024,
     https://arxiv.org/abs/2405.09673.
     """
 

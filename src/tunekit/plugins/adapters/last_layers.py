@@ -24,8 +24,8 @@ class LastLayers(AdapterMethod):
     """Train the last decoder layers whole; embeddings, the layers before, the final norm and the head stay frozen.
 
     Trained parameters: `count` times those of a layer. No gradient goes back further than the first trained layer,
-    which saves time and memory. Weights are float32, unless the pipeline's `dtype` says otherwise: in bfloat16 small
-    changes are lost. Lee et al. 2019, https://arxiv.org/abs/1911.03090.
+    which saves time and memory. Trained weights are float32; over a base in bfloat16 they are rounded for as long as
+    they are multiplied with. Lee et al. 2019, https://arxiv.org/abs/1911.03090.
 
     Args:
         count: how many layers are trained, counted from the last.
