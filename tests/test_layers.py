@@ -85,6 +85,7 @@ ORDER = [
     "core.lean.lokr",
     "core.lean.forwards",
     "core.lean.trial",
+    "core.evaluation.logits",
     "core.evaluation.predicting",
     "core.evaluation.sampling",
     "core.evaluation.answers",

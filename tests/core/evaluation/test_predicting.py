@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tunekit import Context, DataError, ExactMatch, Perplexity, TokenAccuracy, TrainingError
+from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import IGNORED, Codec
 from tunekit.core.evaluation import predicting as evaluation
+from tunekit.core.evaluation.logits import logits_at
 from tunekit.core.evaluation.predicting import evaluating, generate
 from tunekit.core.run import measuring
 from tunekit.testing import tiny_model, tiny_tokenizer
@@ -60,6 +62,81 @@ def test_likelihood_and_accuracy_weigh_every_token_alike_whatever_the_batches(
     assert found["nll"] == pytest.approx(nll, abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
     assert TokenAccuracy().evaluate(model, tokenizer, rows, CONTEXT) == {"token_accuracy": sum(hits) / len(hits)}
+
+
+def watched(head):
+    """How many tokens `head` makes logits of from now on, call by call."""
+    counts, plain = [], head.forward
+
+    def counted(x):
+        counts.append(x.shape[:-1].numel())
+        return plain(x)
+
+    head.forward = counted
+    return counts
+
+
+class Tailed(torch.nn.Module):
+    """A language model that does something to its logits, or gives them in another form."""
+
+    def __init__(self, model, tail):
+        super().__init__()
+        self.model, self.tail, self.config = model, tail, model.config
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def forward(self, **given):
+        out = self.model(**given)
+        out.logits = self.tail(out.logits)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("tail", "passes"),
+    [
+        (lambda logits: logits, 1),
+        (lambda logits: 3 * torch.tanh(logits / 3), 1),
+        (lambda logits: logits[:, -5:] if logits.shape[1] > 5 and len(logits) == 1 else logits, 2),
+        (lambda logits: logits.view(2, -1, logits.shape[-1]), 2),
+    ],
+    ids=["plain", "capped", "cut", "put into rows"],
+)
+def test_logits_are_made_where_a_token_is_asked_for_and_are_those_of_the_model(tail, passes, rows):
+    model = Tailed(tiny_model(), tail).eval()
+    batch = collate(rows[:2], 0)
+    labels = batch.pop("labels")
+    places = [1, 5, 6, 30, 31, 32, labels.shape[1] + 3]
+    with torch.no_grad():
+        expected = model(**batch).logits.flatten(0, 1)[places]
+        counts = watched(model.get_output_embeddings())
+        forward = vars(model.get_output_embeddings())["forward"]
+        found = logits_at(model, batch, places)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert counts == [len(places), labels.numel()][:passes]
+    assert vars(model.get_output_embeddings())["forward"] == forward
+
+
+def test_logits_of_a_model_that_names_no_output_layer_are_cut_out_of_all(rows):
+    model = tiny_model().eval()
+    batch = collate(rows[:2], 0)
+    del batch["labels"]
+    expected = model(**batch).logits.flatten(0, 1)[[2, 9]]
+    model.get_output_embeddings = lambda: None
+    assert torch.equal(logits_at(model, batch, [2, 9]), expected)
+
+
+def test_a_few_logits_are_looked_at_at_a_time(model, tokenizer, rows, monkeypatch):
+    def found():
+        return list(zip(*evaluation.row_predictions(model, tokenizer, rows), strict=True))
+
+    with evaluating(model):
+        numbers, logits, labels = (torch.cat(each) for each in found())
+        monkeypatch.setattr(evaluation, "LOGITS", 3 * logits.shape[-1])
+        parts = found()
+    assert {len(each) for each in parts[1]} <= {1, 2, 3}
+    for one, other in zip((numbers, logits, labels), map(torch.cat, parts), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_mean_of_row_means_would_be_another_number(model, rows):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tunekit.core.data.batching import chunks, collate, lengths
+from tunekit.core.data.batching import chunks, collate, lengths, on_device
 from tunekit.core.data.codec import IGNORED
+from tunekit.core.evaluation.logits import logits_at
 from tunekit.core.interfaces import Encoded
 from tunekit.core.model.masters import rounded
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 """Padded tokens in one forward pass of an evaluation; a matter of memory, not of the result."""
+LOGITS = 1 << 25
+"""Logits that are looked at at a time, 128 MiB of them in float32."""
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def predictions(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch, the logits (tokens, vocabulary) that predict a supervised token, in float32, and these (tokens,).
+    """The logits (tokens, vocabulary) that predict a supervised token, in float32, and these (tokens,), some at a time.
 
     Call it inside `evaluating(model)`. The loss that a model reports is never used: some methods add terms to it.
     """
@@ -92,11 +95,19 @@ def row_predictions(
     device = str(next(model.parameters()).device)
     for group in chunks(lengths(rows), BATCH_TOKENS):
         batch = collate([rows[at] for at in group], pad_id(tokenizer), device)
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        supervised = labels != IGNORED
-        numbers = torch.tensor(group, device=device)[:, None].expand_as(labels)
-        yield numbers[supervised], logits[supervised].float(), labels[supervised]
+        width = batch.pop("labels").shape[1]
+        supervised = [
+            (number, row * width + at, label)
+            for row, number in enumerate(group)
+            for at, label in enumerate(rows[number]["labels"][1:])
+            if label != IGNORED
+        ]
+        logits = logits_at(model, batch, [place for _, place, _ in supervised])
+        numbers = on_device([number for number, _, _ in supervised], device, torch.long)
+        labels = on_device([label for _, _, label in supervised], device, torch.long)
+        size = max(1, LOGITS // logits.shape[-1])
+        for some in zip(numbers.split(size), logits.split(size), labels.split(size), strict=True):
+            yield some[0], some[1].float(), some[2]
 
 
 def row_losses(
@@ -106,13 +117,16 @@ def row_losses(
     import torch
     from torch.nn.functional import cross_entropy
 
-    nats = torch.zeros(len(rows), dtype=torch.float64)
-    tokens = torch.zeros(len(rows), dtype=torch.long)
+    found = []
     with evaluating(model):
         for numbers, logits, labels in row_predictions(model, tokenizer, rows):
-            at = numbers.cpu()  # on a GPU, sums of this kind come in no fixed order
-            nats.index_add_(0, at, cross_entropy(logits, labels, reduction="none").double().cpu())
-            tokens.index_add_(0, at, torch.ones_like(at))
+            found.append((numbers, cross_entropy(logits, labels, reduction="none")))
+    nats = torch.zeros(len(rows), dtype=torch.float64)
+    tokens = torch.zeros(len(rows), dtype=torch.long)
+    if found:  # added up on the CPU: on a GPU, sums of this kind come in no fixed order
+        at, losses = (torch.cat(each).cpu() for each in zip(*found, strict=True))
+        nats.index_add_(0, at, losses.double())
+        tokens.index_add_(0, at, torch.ones_like(at))
     return nats.tolist(), tokens.tolist()
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.core.model.hooks import standing_in
+
 CHUNK_NUMBERS = 1 << 23
 """Logits held at a time, 32 MiB of them in float32."""
 CHUNK_TOKENS = 128
@@ -19,16 +21,8 @@ CHUNK_TOKENS = 128
 @contextmanager
 def without_head(head: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within it, the model that `head` is the output layer of gives hidden states for logits; yields the real head."""
-    real: Callable[[Tensor], Tensor] = head.forward
-    own = "forward" in vars(head)  # another library put one in its place, and wants it back
-    head.forward = _as_they_are
-    try:
+    with standing_in(head, _as_they_are) as real:
         yield real
-    finally:
-        if own:
-            head.forward = real
-        else:
-            del head.forward
 
 
 @contextmanager

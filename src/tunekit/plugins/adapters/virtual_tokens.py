@@ -127,7 +127,8 @@ def _model_class() -> type[PeftModel]:
             if labels is not None:
                 inputs["labels"] = labels
             outputs = self.base_model(**inputs, **self._placed(mask, positions), **options)
-            outputs.logits = outputs.logits[:, -shape[1] :]
+            if not self._in_cache:
+                outputs.logits = outputs.logits[:, -shape[1] :]
             return outputs
 
         def generate(self, inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
