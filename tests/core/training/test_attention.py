@@ -90,7 +90,7 @@ class Asked(TorchFunctionMode):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_cuda_heads_in_groups_are_left_to_flash_attention_alone(kind, dtype, monkeypatch):
-    monkeypatch.setattr(attention, "_device_type", lambda tensor: "cuda")  # the numbers are those of the CPU
+    monkeypatch.setattr(attention, "device_type", lambda tensor: "cuda")  # the numbers are those of the CPU
     inputs = tensors(9, dtype)
     with Asked() as asked:
         found = with_gradients(lambda *three: causal_attention(*three, **kind), inputs)

@@ -34,6 +34,7 @@ from transformers import (
 
 import tunekit as tk
 from tunekit.core.data.codec import IGNORED
+from tunekit.core.memory.weightless import AsOnDevice
 from tunekit.core.training import head_loss as head_losses
 from tunekit.core.training import segments
 from tunekit.core.training.head_loss import head_loss, without_head
@@ -126,7 +127,7 @@ def best(model, **wanted):
 @pytest.mark.parametrize("config", BOTH.values(), ids=BOTH)
 def test_without_padding_and_in_chunks_the_gradient_is_that_of_each_row_alone(config, monkeypatch):
     monkeypatch.setattr(head_losses, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(head_losses, "CHUNK_NUMBERS", 8 * VOCABULARY)
+    monkeypatch.setitem(head_losses.CHUNK_NUMBERS, "cpu", 8 * VOCABULARY)
     model = sharp(config)
     way = best(model)
     assert (way.padding_free, way.chunked, way.notes) == (True, True, ())
@@ -234,7 +235,7 @@ def test_the_model_is_left_as_it_was_also_where_training_raises():
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(dtype, trained, monkeypatch):
     monkeypatch.setattr(head_losses, "CHUNK_TOKENS", 7)
-    monkeypatch.setattr(head_losses, "CHUNK_NUMBERS", 7 * 50)
+    monkeypatch.setitem(head_losses.CHUNK_NUMBERS, "cpu", 7 * 50)
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=True).to(dtype).requires_grad_(trained)
     hidden = (3 * torch.randn(40, 16)).to(dtype).requires_grad_()
@@ -264,7 +265,7 @@ def test_large_logits_do_not_overflow():
 
 def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
     monkeypatch.setattr(head_losses, "CHUNK_TOKENS", 64)
-    monkeypatch.setattr(head_losses, "CHUNK_NUMBERS", 64 * VOCABULARY)
+    monkeypatch.setitem(head_losses.CHUNK_NUMBERS, "cpu", 64 * VOCABULARY)
     head, made, sizes, held = nn.Linear(8, VOCABULARY), [], [], []
 
     def watched(hidden):
@@ -279,6 +280,20 @@ def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
     assert max(sizes) == 64
     assert sum(sizes) == 1000
     assert max(held) == 0
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cuda:1", 1046), ("cpu", 128)])
+def test_a_chunk_is_what_suits_the_device_also_where_a_step_is_rehearsed(device, tokens):
+    head, sizes = nn.Linear(2, 128_256, bias=False, device="meta"), []
+
+    def watched(hidden):
+        sizes.append(len(hidden))
+        return head(hidden)
+
+    hidden = torch.ones(1500, 2, device="meta", requires_grad=True)
+    with AsOnDevice(device):
+        head_loss(hidden, torch.zeros(1500, device="meta").long(), watched, [], 128_256)
+    assert sizes[0] == max(sizes) == tokens
 
 
 class Counting(nn.Linear):

@@ -45,7 +45,7 @@ def causal_attention(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    tokens, dtype, device = key.shape[2], query.dtype, _device_type(query)
+    tokens, dtype, device = key.shape[2], query.dtype, device_type(query)
     before = tokens - query.shape[2]
     plain = not before and softcap is None and (window is None or tokens <= window)
     if device == "cpu":
@@ -193,5 +193,6 @@ def _masked_attention(
     return dropped(weights, dropout) @ value
 
 
-def _device_type(tensor: Tensor) -> str:
+def device_type(tensor: Tensor) -> str:
+    """The type of the device that computes with `tensor`, or would, where a step is rehearsed."""
     return STANDS_FOR.get() if tensor.is_meta else tensor.device.type

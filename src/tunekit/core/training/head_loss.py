@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.core.model.hooks import standing_in
+from tunekit.core.training.attention import device_type
 
-CHUNK_NUMBERS = 1 << 23
-"""Logits held at a time, 32 MiB of them in float32."""
+CHUNK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits held at a time by type of device: 32 MiB of them in float32, which caches hold; on a GPU 512 MiB, some 1,000
+tokens of a large vocabulary: a product of fewer waits for the weight of the head, read anew for each chunk."""
 CHUNK_TOKENS = 128
 """The fewest tokens in a chunk, however large the vocabulary: products of fewer are slow, on a CPU by a third."""
 
@@ -60,9 +62,14 @@ def head_loss(
         vocabulary: how many logits a token has.
         seen: what `head` multiplies with in the place of each of `weights`: it, rounded. None for these themselves.
     """
-    size = max(CHUNK_TOKENS, CHUNK_NUMBERS // vocabulary)
+    size = chunk_tokens(device_type(hidden), vocabulary)
     total: Tensor = _HeadLoss.apply(hidden, targets, head, size, seen or weights, *weights)
     return total
+
+
+def chunk_tokens(device: str, vocabulary: int) -> int:
+    """How many tokens have logits at a time on a type of device."""
+    return max(CHUNK_TOKENS, CHUNK_NUMBERS.get(device, CHUNK_NUMBERS["cpu"]) // vocabulary)
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
