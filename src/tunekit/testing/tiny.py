@@ -54,8 +54,8 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, **config: Any) -> 
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     common = {"vocab_size": 261, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 4}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # it is made on the CPU, and no other device's numbers are drawn
+        torch.default_generator.manual_seed(seed)
         if architecture == "llama":
             shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
             more = {"num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}

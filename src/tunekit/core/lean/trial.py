@@ -51,9 +51,11 @@ def fault(model: nn.Module, loss: Callable[[], Tensor], kept_bytes: int | None =
 def _loss_and_gradient(loss: Callable[[], Tensor], tensors: Sequence[Tensor]) -> tuple[float, Tensor]:
     import torch
 
-    devices = [torch.cuda.current_device()] if tensors[0].is_cuda else []
+    # Of the devices they are on, which need not be the current one; `torch.manual_seed` would seed all there are.
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[at] for at in devices)):
+            generator.manual_seed(0)
         found = loss()
         gradients = torch.autograd.grad(found, tensors, materialize_grads=True)
     return float(found.detach()), torch.cat([gradient.flatten().float() for gradient in gradients])
