@@ -4,6 +4,7 @@ Only ever imported from inside of methods, since it imports torch.
 """
 
 import attrs
+import torch
 from torch import Tensor
 
 from tunekit.core.lean.forward import LeanForward
@@ -22,8 +23,9 @@ class LeanIA3(LeanForward):
 
     def compute(self, x: Tensor) -> Tensor:
         """See `LeanForward.compute`."""
-        factors = self.layer.ia3_l[self.adapter].flatten().to(x.dtype)
+        # Less one: in half precision a factor near it is rounded by more than it is away, the same for every token.
+        beyond = (self.layer.ia3_l[self.adapter].flatten() - 1).to(x.dtype)
         if self.layer.is_feedforward:
-            x = x * factors
+            x = torch.addcmul(x, x, beyond)
         y = frozen_linear(x, self.base)
-        return y if self.layer.is_feedforward else y * factors
+        return y if self.layer.is_feedforward else torch.addcmul(y, y, beyond)

@@ -78,13 +78,14 @@ class LeanDoRA(LeanLoRA):
         """See `LeanForward.compute`."""
         a, b = self.factors(x.dtype)
         magnitude = self.layer.lora_magnitude_vector[self.adapter].weight
-        factor = (magnitude / self._norms(a, b)).to(x.dtype)  # (out_features)
+        # Less one: in half precision a factor near it is rounded by more than it is away, the same for every token.
+        beyond = (magnitude / self._norms(a, b) - 1).to(x.dtype)  # (out_features)
         bias, dropped = self.base.bias, self._dropped(x)
         product = low_rank(x if dropped is None else dropped, a, b, self.base, self.scale, bias=None)
         if dropped is None:
-            return product * factor if bias is None else torch.addcmul(bias, product, factor)
-        # What is dropped for the adapter is not for the base: W x + bias - W dropped + factor * product.
-        return torch.addcmul(frozen_linear(x - dropped, self.base), product, factor)
+            return torch.addcmul(product if bias is None else product + bias, product, beyond)
+        # What is dropped for the adapter is not for the base: W x + bias - W dropped + c * product.
+        return torch.addcmul(frozen_linear(x - dropped, self.base) + product, product, beyond)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _norms(self, a: Tensor, b: Tensor) -> Tensor:
