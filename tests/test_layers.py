@@ -93,9 +93,11 @@ ORDER = [
     "core.evaluation.statistics",
     "core.training.attention",
     "core.training.compiled",
-    "core.training.excerpts",
-    "core.training.frozen",
     "core.training.prefixes",
+    "core.training.excerpts",
+    "core.training.float64",
+    "core.training.accuracy",
+    "core.training.frozen",
     "core.training.segments",
     "core.training.padding",
     "core.training.batch",
@@ -183,6 +185,7 @@ HEAVY = {
 IMPORTED_INSIDE = {
     "tunekit.core.memory.live_bytes",
     "tunekit.core.memory.weightless",
+    "tunekit.core.training.float64",
     "tunekit.core.training.head_loss",
     *(
         f"tunekit.core.lean.{name}"

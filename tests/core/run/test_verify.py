@@ -231,6 +231,10 @@ def test_a_gradient_that_is_wrong_behind_a_loss_that_is_right_is_seen(tiny_direc
 
     with monkeypatch.context() as patch:
         patch.setattr(segments, "attend", detached)
+        assert statuses(pipeline.verify())["padding-free == padded"] == "n/a", "a run sees it, too, and does without"
+    monkeypatch.setattr(rows_loss, "as_accurate", lambda chosen, *_: chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "attend", detached)
         assert statuses(pipeline.verify()) == {**PASS, "padding-free == padded": "fail"}
     with monkeypatch.context() as patch:
         patch.setattr(lora, "low_rank", lambda *parts, **options: twice(low_rank(*parts, **options)))

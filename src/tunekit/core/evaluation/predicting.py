@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunekit.core.data.batching import chunks, collate, lengths, on_device
 from tunekit.core.data.codec import IGNORED
@@ -43,24 +43,39 @@ def trying(model: nn.Module) -> Iterator[None]:
     import torch
 
     kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    found = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if _drops(m, n) and isinstance(v, float)]
     try:
-        for module, name, _ in found:
-            setattr(module, name, 0.0)
-        yield
+        with dropping_nothing(model):
+            yield
     finally:
-        for module, name, value in found:
-            setattr(module, name, value)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
 
 
+@contextmanager
+def dropping_nothing(model: nn.Module) -> Iterator[None]:
+    """Within it, `model` drops nothing at random, in training mode either; afterwards it does as before."""
+    found = [(m, name, rate) for m in model.modules() for name, rate in vars(m).items() if _drops(m, name)]
+    try:
+        for module, name, rate in found:
+            setattr(module, name, _nothing(rate))
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
+
+
+def _nothing(rate: Any) -> Any:
+    """No dropout in the place of such a rate; PEFT's methods have one for each adapter, by its name."""
+    if isinstance(rate, dict):
+        return {name: _nothing(one) for name, one in rate.items()}
+    return 0.0 if isinstance(rate, float) else rate
+
+
 def drops(modules: Iterable[nn.Module]) -> bool:
     """Whether anything is dropped at random in one of `modules` while it is trained."""
     rates = [value for m in modules for name, value in vars(m).items() if _drops(m, name)]
-    # PEFT's methods have a rate for each adapter, by its name.
     each = [one for rate in rates for one in (rate.values() if isinstance(rate, dict) else [rate])]
     return any(isinstance(rate, float) and rate > 0 for rate in each)
 

@@ -91,7 +91,7 @@ def frozen(layer: Any, budget: Budget) -> Frozen | None:
     # LoHa and LoKr have one before a packed layer that shows its shape.
     module = getattr(layer.base_layer, "packed", layer.base_layer)
     kind = type(module)
-    name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    name = _name(kind)
     known = kind is nn.Linear or name in ("transformers.Conv1D", "bitsandbytes.Linear4bit") or hasattr(module, UNPACKED)
     if name == "bitsandbytes.Linear8bitLt":
         # On CUDA it multiplies integers, rounding the activations too; on the CPU it dequantizes, while training.
@@ -101,6 +101,15 @@ def frozen(layer: Any, budget: Budget) -> Frozen | None:
     if kind is nn.Linear and type(module.weight) is not nn.Parameter:
         return None  # a part of a weight that several processes share
     return Frozen(module, budget)
+
+
+def _name(kind: type[Any]) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of bitsandbytes, whose weight `dequantized` makes."""
+    return _name(type(module)) in ("bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt")
 
 
 def dequantized(module: Any, dtype: torch.dtype) -> Tensor:

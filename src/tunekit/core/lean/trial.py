@@ -33,9 +33,9 @@ def fault(model: nn.Module, loss: Callable[[], Tensor], kept_bytes: int | None =
     try:
         with lean_forwards(model, kept_bytes) as lean:
             tensors = [tensor for one in lean for tensor in one.tensors() if tensor.requires_grad]
-            with stirred(tensors), _training(model):
+            with stirred(tensors), training(model):
                 found = _loss_and_gradient(loss, tensors)
-        with stirred(tensors), _training(model):
+        with stirred(tensors), training(model):
             expected = _loss_and_gradient(loss, tensors)
     except Exception as error:  # whatever a model of somebody else's raises, there is PEFT's forward
         return f"{type(error).__name__}: {error}"
@@ -80,8 +80,8 @@ def stirred(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode; afterwards every module is in the mode it was in."""
+def training(model: nn.Module) -> Iterator[None]:
+    """Within it, training mode; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:

@@ -23,8 +23,9 @@ from tunekit.core.lean.forwards import can_be_lean, lean_forwards, usual_forward
 from tunekit.core.lean.trial import fault
 from tunekit.core.model.masters import computing_dtype, rounded
 from tunekit.core.training import compiled
+from tunekit.core.training.accuracy import as_accurate
 from tunekit.core.training.batch import Batch, end_to_end, padded
-from tunekit.core.training.excerpts import excerpts
+from tunekit.core.training.excerpts import beginning_alike, excerpt, excerpts
 from tunekit.core.training.frozen import FrozenLayers
 from tunekit.core.training.leaks import leak, parted
 from tunekit.core.training.padding import told, unwatched
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = {"float32": 1e-5}
 """Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
-WAYS = ("padding_free", "chunked", "lean", "compiled", "shared")
-"""The fields that say which way it is; part of a checkpoint."""
+WAYS = {"padding_free": "rows without padding", "chunked": "logits in chunks"}
+WAYS |= {"lean": "lean forwards", "compiled": "compiled layers", "shared": "shared prefixes"}
+"""The fields that say which way it is, part of a checkpoint; and what each is in words."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -204,9 +206,10 @@ def choose(
             reason = fault(model, partial(chosen, model, short[:1]), kept_bytes)
             if reason and short is not rows:
                 reason = fault(model, partial(chosen, model, rows[:1]), kept_bytes)
-        note = [f"no lean forwards: {reason}"] if reason else []
-        chosen = attrs.evolve(chosen, lean=not reason, notes=[*chosen.notes, *note])
-    return chosen
+        notes = [*chosen.notes, f"no {WAYS['lean']}: {reason}"] if reason else chosen.notes
+        chosen = attrs.evolve(chosen, lean=not reason, notes=notes)
+    few = beginning_alike(sharing) if chosen.shared else [excerpt(row) for row in rows]
+    return as_accurate(chosen, plainly, few, WAYS)
 
 
 def over_frozen(way: RowsLoss, rows: Sequence[Encoded], directory: Path) -> RowsLoss:
