@@ -177,6 +177,8 @@ class Norms(AdapterMethod):
         norms = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.fault == "moved":
             norms[0].data += 1
+        if self.fault == "rounded lengths" and norms[0].dtype == torch.bfloat16:
+            norms[0].data *= 1.004
         if self.fault == "blind to bits" and context.quantization:
             model.requires_grad_(False)
         if self.fault == "nothing":

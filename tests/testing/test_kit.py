@@ -45,6 +45,7 @@ FAULTS = [
     (broken.Norms, "moved", "starts_as_the_base", "start from zero"),
     (broken.Norms, "more logits", "starts_as_the_base", "cut off those of tokens"),
     (broken.Norms, "says it moves", "starts_as_the_base", "leave starts_as_base at True"),
+    (broken.Norms, "rounded lengths", "starts_as_the_base_in_bfloat16", "and round once"),
     (broken.Norms, "nothing", "base_is_frozen", "nothing is trainable"),
     (broken.Norms, "all and more", "base_is_frozen", r"call model.requires_grad_\(False\) first"),
     (broken.Norms, "writes", "base_is_frozen", "never write into base weights"),

@@ -8,6 +8,7 @@ import attrs
 
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.interfaces import AdapterMethod
+from tunekit.core.model import masters
 from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.errors import NotSupported
 from tunekit.testing.checks.component import unchanged
@@ -40,6 +41,19 @@ def starts_as_the_base(adapter: AdapterMethod, harness: Harness) -> None:
     assert away <= 1e-5, (
         f"untrained, it moves the logits by {away:.2g}: start from zero (LoRA's B is zero), or set "
         "starts_as_base = False if the method changes the base on purpose"
+    )
+
+
+def starts_as_the_base_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
+    """Over a bfloat16 base it starts as this base, too, to the last bit; or it says that it does not."""
+    if not adapter.starts_as_base:
+        return
+    over = attrs.evolve(harness, dtype="bfloat16")
+    batch = over.batch()
+    away = distance(logits(attached(adapter, over), batch), logits(over.model(), batch))
+    assert away == 0, (
+        f"untrained, it moves the logits of a bfloat16 base by {away:.2g}: compute in float32 what it takes from the "
+        "base's weights (their lengths, say), and round once, to the dtype of the activations"
     )
 
 
@@ -136,7 +150,7 @@ def checkpointing_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> N
 
 
 def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
-    """Over a bfloat16 base it trains and predicts in bfloat16, and what it adds is float32."""
+    """Over a bfloat16 base it trains and predicts in bfloat16; what it adds is float32, and in a run all it trains."""
     import torch
 
     over = attrs.evolve(harness, dtype="bfloat16")
@@ -149,6 +163,9 @@ def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
         if id(parameter) not in own and parameter.dtype != torch.float32
     ]
     assert not coarse, f"over a bfloat16 base it adds {coarse[:3]} in less than float32: small updates are rounded away"
+    masters.train_in_float32(model)  # as a run does, with weights of the base
+    coarse = [name for name, parameter in trained_parameters(model).items() if parameter.dtype != torch.float32]
+    assert not coarse, f"over a bfloat16 base {coarse[:3]} cannot be trained in float32: train plain floating numbers"
     try:
         train(adapter, model, batch, 2)
         found = logits(model, batch)
@@ -232,6 +249,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
 
 CHECKS = (
     starts_as_the_base,
+    starts_as_the_base_in_bfloat16,
     base_is_frozen,
     attaches_to_an_empty_model,
     gradients_arrive,
