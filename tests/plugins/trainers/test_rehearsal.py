@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import tunekit as tk
 from tunekit.core.component import Context
+from tunekit.core.memory.live_bytes import LiveBytes
+from tunekit.core.memory.weightless import AsOnDevice
 from tunekit.core.registry import default_registry
 from tunekit.core.run.files import create
 from tunekit.core.run.observers import Observers
@@ -168,6 +170,19 @@ def test_the_step_is_counted_for_a_gpu_where_there_is_none():
     assert {part: there[part] for part in PARTS[:3]} == {part: here[part] for part in PARTS[:3]}
     moved = 4 * model("meta").num_parameters()
     assert there["workspace"] >= moved, "AdamW moves all parameters at once there, by way of a copy of each"
+
+
+@pytest.mark.parametrize(("device", "mask"), [("cuda:0", 1), ("cpu", 4)])
+def test_what_dropout_keeps_is_counted_as_the_device_keeps_it(device, mask):
+    x = torch.ones(64, 100, device="meta", requires_grad=True)
+    live = LiveBytes("kept")
+    live.hold([x], "there")
+    with AsOnDevice(device), live:
+        found = torch.nn.Dropout(0.1)(x)
+        assert found.requires_grad
+    assert live.live["kept"] == (4 + mask) * x.numel()
+    with AsOnDevice(device), live:
+        assert torch.nn.Dropout(0.1).eval()(x) is x
 
 
 @pytest.mark.gpu

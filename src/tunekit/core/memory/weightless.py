@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from tunekit.core.interfaces import Quantizer
@@ -54,6 +54,8 @@ class AsOnDevice(TorchFunctionMode):  # type: ignore[misc]
         given = kwargs or {}
         if function is scaled_dot_product_attention:
             return self._attention(*args, **given)
+        if function is dropout and STANDS_FOR.get() == "cuda" and args and args[0].is_meta:
+            return _dropped(*args, **given)
         if function in (Tensor.__bool__, Tensor.item) and args[0].is_meta:
             return False
         return function(*args, **given)
@@ -87,6 +89,14 @@ class AsOnDevice(TorchFunctionMode):  # type: ignore[misc]
         )
         result: Tensor = kept[0]
         return result
+
+
+def _dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout as on CUDA, which keeps a mask of one byte a number; the plain one has numbers of the input's dtype."""
+    if inplace or not (training and 0 < p < 1):
+        return dropout(x, p, training, inplace)
+    found: Tensor = torch.ops.aten.native_dropout(x, p, training)[0]
+    return found
 
 
 LEAN = {"nf4": ("cpu", "cuda"), "int8": ("cpu",)}
