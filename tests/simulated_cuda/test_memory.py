@@ -46,3 +46,11 @@ def test_an_export_takes_no_more_than_training_does(pipeline: Any, taken: Any, t
     with taken() as of_export:
         tk.open_run(tmp_path / "run").export(tmp_path / "out")
         assert of_export() <= 1.1 * training
+
+
+def test_a_run_over_a_quantized_base_takes_no_more_than_one_over_half_precision(pipeline: Any) -> None:
+    plain = pipeline(adapter=tk.LoRA(), dtype="bfloat16").plan().memory
+    packed = pipeline(adapter=tk.QLoRA(), dtype="bfloat16").plan().memory
+    standing = ("frozen weights", "quantization state", "dequantized weights")
+    most = sum(plain[part] for part in standing)
+    assert 0.8 * most < sum(packed[part] for part in standing) <= 1.02 * most  # the scales of NF4 come on top

@@ -185,6 +185,22 @@ def test_what_dropout_keeps_is_counted_as_the_device_keeps_it(device, mask):
         assert torch.nn.Dropout(0.1).eval()(x) is x
 
 
+def test_on_cuda_a_quantized_base_and_what_is_kept_of_it_take_no_more_than_one_in_half_precision():
+    pytest.importorskip("bitsandbytes")
+
+    def rehearsed(device):
+        context = Context(model_id="x", device=device, dtype="bfloat16", total_steps=2, quantization="nf4")
+        empty = tk.LoRA().attach(model("meta", "bfloat16"), context)
+        return Rehearsal.of(sft(), empty, rows(8, 8), TOKENIZER, tk.NF4(), context)
+
+    numbers = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+    there = rehearsed("cuda:1")
+    assert there.dequantized(None) == 2 * numbers
+    assert there.worth_keeping() == 2 * numbers - numbers // 2
+    here = rehearsed("cpu")
+    assert here.worth_keeping() > here.dequantized(None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["LoRA", "dropout in bfloat16", "several passes", "one layer recomputed"])
 def test_the_peak_is_predicted_on_cuda(name, tmp_path):

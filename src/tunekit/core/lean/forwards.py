@@ -85,6 +85,17 @@ def kept_bytes_of(model: nn.Module, dtype: str, most: int | None) -> int:
     return sum(size for size in sizes if budget.take(size))
 
 
+def worth_keeping(model: nn.Module, device: str) -> int:
+    """Bytes of dequantized weights beyond which a run on `device` takes none, however many are free.
+
+    On CUDA a run over a quantized base takes no more by it than over one in half precision, for which it would have
+    been chosen otherwise: dequantizing is 4 % of a step there. On the CPU it is more, and there is no such bound.
+    """
+    if not device.startswith("cuda"):
+        return sys.maxsize
+    return sum(one.base.saved_bytes() for one in _lean(model, 0))
+
+
 def _lean(model: nn.Module, kept_bytes: int | None) -> list[LeanForward]:
     """A lean forward for each layer of `model` that does what one of them does, and nothing else."""
     if "peft" not in sys.modules:  # no layer can be of PEFT's, whose import takes seconds
@@ -98,7 +109,8 @@ def _lean(model: nn.Module, kept_bytes: int | None) -> list[LeanForward]:
 
     kinds = _kinds()
     if kept_bytes is None:
-        kept_bytes = may_keep(free_bytes(str(next(model.parameters()).device)))
+        device = str(next(model.parameters()).device)
+        kept_bytes = min(may_keep(free_bytes(device)), worth_keeping(model, device))
     budget = Budget(kept_bytes)
     found = []
     for layer in layers:

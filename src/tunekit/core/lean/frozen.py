@@ -68,6 +68,12 @@ class Frozen:
         """What its weight takes dequantized; 0 for one that is not quantized."""
         return int(self._quantized * self.module.in_features * self.module.out_features * dtype.itemsize)
 
+    def saved_bytes(self) -> int:
+        """What its weight takes less than it would in half precision; 0 for one that is not quantized."""
+        weight = self.module.weight
+        half = 2 * self.module.in_features * self.module.out_features
+        return int(self._quantized * max(0, half - weight.numel() * weight.element_size()))
+
     def drop(self) -> bool:
         """Keep no dequantized weight from here on; whether there was one."""
         had, self._kept, self.budget.bytes = self._kept is not None, None, 0

@@ -47,7 +47,7 @@ def plan(
     rehearsal = Rehearsal.of(sft, model(), train, tokenizer, quantizer, context)
     found = settled(sft, rehearsal.parts, len(layers_to_recompute(rehearsal.model)), budget, longest)
     if sft.kept_bytes is None:
-        found = _keeping(found, rehearsal.dequantized)
+        found = _keeping(found, rehearsal)
     way = rehearsal.way
     rows = "without padding" if way.padding_free else "padded"
     if sft.padding_free and not way.padding_free:
@@ -96,13 +96,14 @@ def settled(sft: SFT, needs: Callable[[SFT], Mapping[str, int]], layers: int, bu
     return MemoryPlan(trainer=least, parts=parts, budget=budget, choices=choices)
 
 
-def _keeping(plan: MemoryPlan, dequantized: Callable[[int | None], int]) -> MemoryPlan:
+def _keeping(plan: MemoryPlan, rehearsal: Rehearsal) -> MemoryPlan:
     """`plan` with dequantized weights kept in a share of the memory that it leaves."""
-    wanted = dequantized(None)
+    wanted = rehearsal.dequantized(None)
     if not wanted:
         return plan
     trainer: Any = plan.trainer
-    size = dequantized(may_keep(plan.budget - with_room(plan.parts)))
+    share = may_keep(plan.budget - with_room(plan.parts))
+    size = rehearsal.dequantized(min(share, rehearsal.worth_keeping()))
     choice = f"{gibibytes(size)} of {gibibytes(wanted)} are kept"
     return attrs.evolve(
         plan,

@@ -13,7 +13,7 @@ from tunekit.core.data import batching
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.interfaces import Encoded, Quantizer
-from tunekit.core.lean.forwards import kept_bytes_of
+from tunekit.core.lean.forwards import kept_bytes_of, worth_keeping
 from tunekit.core.training.compiled import worthwhile
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers import optimization
@@ -84,6 +84,10 @@ class Rehearsal:
         Rehearsed is a step that keeps none: with them, it does not make them again, which takes no more.
         """
         return kept_bytes_of(self.model, self.context.dtype, room) if self.way.lean else 0
+
+    def worth_keeping(self) -> int:
+        """The most bytes of dequantized weights that are kept by choice."""
+        return worth_keeping(self.model, self.context.device)
 
     def parts(self, sft: SFT) -> dict[str, int]:
         """Bytes by part when they are most, in a step of `sft`.

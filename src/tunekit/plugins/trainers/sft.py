@@ -64,8 +64,8 @@ class SFT(Trainer):
             and, in a gated MLP over LoRA and in normalizations, fewer activations, where the model's loss and gradient
             stay the same so; tried as well. Files and evaluations are as without.
         keep_dequantized: GiB of the weights in 4 or 8 bits that lean layers keep dequantized, to multiply with them
-            again and again; 0 for none, "auto" for half of the memory that a step leaves. If the memory does not
-            suffice after all, they are the first to go.
+            again and again; 0 for none, "auto" for half of the memory that a step leaves, on CUDA at most what lets the
+            run take as much as over half precision. If the memory does not suffice after all, they are the first to go.
         compile: layers of the model are compiled by torch.compile while it is trained, which costs about a minute, less
             where a run of the same shapes went before, and needs a C++ compiler on the CPU; it is tried first as
             padding_free is. "auto" does so from 1,000 planned steps on. Compiled layers are PEFT's, not lean.
