@@ -92,6 +92,7 @@ ORDER = [
     "core.evaluation.prompted",
     "core.evaluation.statistics",
     "core.training.attention",
+    "core.training.few_shapes",
     "core.training.compiled",
     "core.training.prefixes",
     "core.training.excerpts",

@@ -10,10 +10,12 @@ import attrs
 from tunekit.core.data.batching import collate, lengths, on_device
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
+from tunekit.core.training.few_shapes import multiple_of
 from tunekit.core.training.prefixes import Layout
 from tunekit.core.training.segments import flatten
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Place = Callable[[int, int], int]
@@ -41,9 +43,12 @@ class Batch:
     padded: bool
 
 
-def end_to_end(rows: Sequence[Encoded], device: str, shared: bool) -> Batch:
-    """`rows` without padding; where `shared` and it pays, what they begin with alike is there once."""
-    layout = Layout.of(rows, shared)
+def end_to_end(rows: Sequence[Encoded], device: str, shared: bool, dtype: torch.dtype) -> Batch:
+    """`rows` without padding; where `shared` and it pays, what they begin with alike is there once.
+
+    Where a model of this `dtype` is to see few lengths, there are tokens behind them that nothing sees or learns from.
+    """
+    layout = Layout.of(rows, shared).filled(multiple_of(dtype, device))
     return _with_targets(rows, flatten(layout, device), layout.place, device, False)
 
 

@@ -98,7 +98,7 @@ class FrozenLayers:
         ids = array("q", row["input_ids"])
         key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
         if key not in self._begins:
-            self.kept[self._used : self._used + len(ids)] = self._computed(inputs())
+            self.kept[self._used : self._used + len(ids)] = self._computed(inputs())[: len(ids)]
             self._begins[key] = self._used
             self._used += len(ids)
         return self.kept[self._begins[key] : self._begins[key] + len(ids)]

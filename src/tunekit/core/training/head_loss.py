@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunekit.core.model.hooks import standing_in
 from tunekit.core.training.attention import device_type
+from tunekit.core.training.few_shapes import filled
 
 CHUNK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits held at a time by type of device: 32 MiB of them in float32, which caches hold; on a GPU 512 MiB, some 1,000
@@ -109,7 +110,7 @@ def _of_chunk(
     """The loss of a chunk, and where `learning` the gradients of `hidden` and `weights`. Its logits are gone then."""
     with torch.set_grad_enabled(learning):
         tokens = hidden.detach().requires_grad_(learning)
-        logits = head(tokens)
+        logits = head(filled(tokens))[: len(tokens)]
     loss, slope = _loss_and_slope(logits.detach(), targets)
     return loss, torch.autograd.grad(logits, [tokens, *weights], slope.to(logits.dtype)) if learning else ()
 

@@ -85,6 +85,18 @@ class Layout:
             begins=[placed[row] for row in range(len(inputs))],
         )
 
+    def filled(self, multiple: int) -> Layout:
+        """With a segment at the end that nothing else sees, so that the tokens are a multiple of so many."""
+        more = range(-len(self.tokens) % multiple)
+        if not more:
+            return self
+        return attrs.evolve(
+            self,
+            tokens=[*self.tokens, *(self.tokens[0] for _ in more)],
+            positions=[*self.positions, *more],
+            lengths=[*self.lengths, len(more)],
+        )
+
     def place(self, row: int, at: int) -> int:
         """Where the token that row number `row` has at `at` is in the sequence: that of a prefix is of many rows."""
         prefix, begin, rest = self.begins[row]

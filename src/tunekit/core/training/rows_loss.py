@@ -83,9 +83,9 @@ class RowsLoss:
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
         """`rows` as `of` takes them; a thread may make it beside whatever the model does meanwhile."""
-        return (
-            end_to_end(rows, self.device, self.shared) if self.padding_free else padded(rows, self.pad_id, self.device)
-        )
+        if not self.padding_free:
+            return padded(rows, self.pad_id, self.device)
+        return end_to_end(rows, self.device, self.shared, computing_dtype(self.model))
 
     def of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The summed loss of the rows of `batch`."""
