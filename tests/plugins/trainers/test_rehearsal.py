@@ -169,7 +169,7 @@ def test_the_step_is_counted_for_a_gpu_where_there_is_none():
     here = predicted(trainer, tk.Full(), data, Context(model_id="x", device="cpu", dtype="float32", total_steps=2))
     assert {part: there[part] for part in PARTS[:3]} == {part: here[part] for part in PARTS[:3]}
     moved = 4 * model("meta").num_parameters()
-    assert there["workspace"] >= moved, "AdamW moves all parameters at once there, by way of a copy of each"
+    assert there["workspace"] < moved, "AdamW moves all parameters in one pass there, and makes no copy of them"
 
 
 @pytest.mark.parametrize(("device", "mask"), [("cuda:0", 1), ("cpu", 4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,10 @@ SHARDED = ("adamw", "sgd")
 
 
 def make(name: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """The optimizer of that name over what `model` trains; vectors (biases, norms) do not decay."""
+    """The optimizer of that name over what `model` trains; vectors (biases, norms) do not decay.
+
+    On CUDA all parameters move in one pass over memory where torch has it so, which takes no memory for itself.
+    """
     module, _, attribute = OPTIMIZERS[name].partition(":")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -34,7 +38,14 @@ def make(name: str, model: nn.Module, learning_rate: float, weight_decay: float)
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = getattr(importlib.import_module(module), attribute)
-    return optimizer([group for group in groups if group["params"]], lr=learning_rate)
+    one_pass = knows(optimizer, "fused") and all(parameter.is_cuda for parameter in trained)
+    options = {"fused": True} if one_pass else {}
+    return optimizer([group for group in groups if group["params"]], lr=learning_rate, **options)
+
+
+def knows(optimizer: type[Optimizer], option: str) -> bool:
+    """Whether optimizers of this type can be made with `option`."""
+    return option in inspect.signature(optimizer).parameters
 
 
 def size(optimizer: Optimizer) -> int:

@@ -241,14 +241,17 @@ def _moving(sft: SFT, model: nn.Module, device: str) -> tuple[int, int]:
 
     optimizer = optimization.make(sft.optimizer, model, 1.0, sft.weight_decay)
     states = optimization.size(optimizer)
-    together = device.startswith("cuda") and "foreach" in optimizer.defaults
+    on_cuda, kind = device.startswith("cuda"), type(optimizer)
+    if on_cuda and optimization.knows(kind, "fused"):
+        return states, 0  # all in one pass, in place
+    together = on_cuda and optimization.knows(kind, "foreach")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not together:  # one after the other: the one that takes the most
         trained = list({(p.shape, p.dtype): p for p in trained}.values())
     stand_ins = [torch.nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in trained]
     for parameter in stand_ins:
         parameter.grad = torch.empty_like(parameter)
-    alone = type(optimizer)(stand_ins, lr=1.0, **({"foreach": True} if together else {}))
+    alone = kind(stand_ins, lr=1.0, **({"foreach": True} if together else {}))
     live = LiveBytes("workspace")
     live.hold([*stand_ins, *(parameter.grad for parameter in stand_ins)], "there")
     # Not every optimizer can do without numbers; what is counted by then is what there is to know.
