@@ -37,7 +37,7 @@ def test_a_run_trains_evaluates_saves_is_opened_again_and_exported(name: str, pi
         assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
-def waits_of_a_step(made: tk.Pipeline, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def waits_of_a_step(made: tk.Pipeline, directory: Path, monkeypatch: pytest.MonkeyPatch, step: int = 3) -> Any:
     from tunekit.plugins.trainers import loop
 
     seen, learn = [], loop.learn
@@ -49,7 +49,7 @@ def waits_of_a_step(made: tk.Pipeline, directory: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(loop, "learn", watched)
     with simulated_cuda.counting() as counts:
         made.run(directory)
-    return seen[4] - seen[3]
+    return seen[step + 1] - seen[step]
 
 
 def in_words(waits: Any) -> str:
@@ -81,6 +81,15 @@ def test_a_step_of_padded_rows_waits_once(
 ) -> None:
     waits = waits_of_a_step(pipeline(trainer=tk.SFT(**STEPS, **changes)), tmp_path / "run", monkeypatch)
     assert waits.total() == 1, in_words(waits)
+
+
+@pytest.mark.parametrize(("steps", "epoch"), [(6, "first"), (12, "later")])
+def test_hidden_states_that_are_kept_come_and_go_together(
+    steps: int, epoch: str, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft = tk.SFT(**STEPS | {"max_steps": steps}, cache_frozen_layers=True)  # twenty rows are five steps
+    waits = waits_of_a_step(pipeline(trainer=sft, adapter=tk.LastLayers()), tmp_path / "run", monkeypatch, steps - 3)
+    assert waits.total() == (2 if epoch == "first" else 1), in_words(waits)
 
 
 @pytest.mark.parametrize("name", ["dropout", "qlora", "adalora"])

@@ -42,6 +42,10 @@ class Batch:
     wanted: Tensor
     padded: bool
 
+    def places_of_tokens(self) -> list[int]:
+        """Where each token of each row is, row by row."""
+        return [self.place(number, at) for number, row in enumerate(self.rows) for at in range(len(row["input_ids"]))]
+
 
 def end_to_end(rows: Sequence[Encoded], device: str, shared: bool, dtype: torch.dtype) -> Batch:
     """`rows` without padding; where `shared` and it pays, what they begin with alike is there once.

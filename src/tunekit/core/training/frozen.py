@@ -93,15 +93,29 @@ class FrozenLayers:
             kept = torch.from_file(file.name, shared=True, size=tokens * features, dtype=dtype)
         return cls(model=model, below=layers[:count], lowest=layers[count], kept=kept.view(tokens, features))
 
-    def states(self, row: Encoded, inputs: Callable[[], Inputs]) -> Tensor:
-        """What comes to the lowest trained layer of `row`, shape (tokens, features); of its `inputs` if it is new."""
-        ids = array("q", row["input_ids"])
-        key = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-        if key not in self._begins:
-            self.kept[self._used : self._used + len(ids)] = self._computed(inputs())[: len(ids)]
+    def states(self, rows: Sequence[Encoded], inputs: Callable[[Encoded], Inputs], device: str = "cpu") -> Tensor:
+        """What comes to the lowest trained layer of `rows`, end to end, shape (tokens, features), on `device`.
+
+        Rows that are new are computed from their `inputs`, one by one, and come from a GPU together, for which it is
+        waited for once; to it all go together, for which nobody waits.
+        """
+        import torch
+
+        ids = [array("q", row["input_ids"]) for row in rows]
+        keys = [hashlib.blake2b(each.tobytes(), digest_size=16).digest() for each in ids]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._begins}
+        if new:
+            # Inputs may be filled up with tokens that belong to no row.
+            computed = torch.cat([self._computed(inputs(row))[: len(row["input_ids"])] for row in new.values()])
+            self.kept[self._used : self._used + len(computed)] = computed
+        for key, row in new.items():
             self._begins[key] = self._used
-            self._used += len(ids)
-        return self.kept[self._begins[key] : self._begins[key] + len(ids)]
+            self._used += len(row["input_ids"])
+        begins = [self._begins[key] for key in keys]
+        parts = [self.kept[at : at + len(each)] for at, each in zip(begins, ids, strict=True)]
+        shape = sum(map(len, parts)), self.kept.shape[1]
+        found = torch.empty(shape, dtype=self.kept.dtype, pin_memory=device.startswith("cuda"))
+        return torch.cat(parts, out=found).to(device, non_blocking=True)
 
     @contextmanager
     def left_out(self, states: Tensor) -> Iterator[None]:

@@ -118,12 +118,12 @@ class RowsLoss:
         """What the frozen layers make of its inputs, shape (rows, tokens, features); of padding, zeros."""
         assert self.frozen
         shape = batch.inputs["input_ids"].shape
-        kept = self.frozen.kept
-        states = kept.new_zeros(shape.numel(), kept.shape[1], device=self.device)
-        for number, row in enumerate(batch.rows):
-            found = self.frozen.states(row, lambda row=row: self.batch([row]).inputs)  # type: ignore[misc]
-            places = [batch.place(number, at) for at in range(len(row["input_ids"]))]
-            states[on_device(places, self.device)] = found.to(self.device)
+        found = self.frozen.states(batch.rows, lambda row: self.batch([row]).inputs, self.device)
+        places = batch.places_of_tokens()
+        if len(sources := {place: at for at, place in enumerate(places)}) < len(places):  # one prefix of several rows
+            places, found = list(sources), found[on_device(list(sources.values()), self.device)]
+        states = found.new_zeros(shape.numel(), found.shape[1])
+        states[on_device(places, self.device)] = found
         return states.view(*shape, -1)
 
     @contextmanager
