@@ -56,6 +56,7 @@ ORDER = [
     "core.data.dataset",
     # the model and what is done with it
     "core.model.trust",
+    "core.model.hub_kernels",
     "core.model.added_tokens",
     "core.model.devices",
     "core.model.products",

@@ -15,7 +15,7 @@ from tunekit.core.common.assets import resolve
 from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import Quantizer
-from tunekit.core.model import added_tokens
+from tunekit.core.model import added_tokens, hub_kernels
 from tunekit.core.model.trust import check_repository, reason_of
 from tunekit.errors import ConfigError
 
@@ -173,6 +173,7 @@ class Base:
 
     def _load(self, auto: Any, **options: Any) -> Any:
         """`from_pretrained` of one of transformers' Auto classes, from the directory if there is one, else the Hub."""
+        hub_kernels.keep_out()  # before any of transformers' models is imported, its configuration included
         try:
             if not self.trust_remote_code:
                 check_repository(self._source, self.revision)

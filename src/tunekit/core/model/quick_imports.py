@@ -1,4 +1,4 @@
-"""Importing bitsandbytes, as PEFT does wherever it is installed, without waiting for torch's compiler."""
+"""Importing bitsandbytes, as PEFT does wherever it is installed, without torch's compiler and code from the Hub."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tunekit.core.model.hub_kernels import kept_out
+
 
 def import_bitsandbytes() -> None:
     """Import bitsandbytes, if it is installed, before whoever imports it otherwise.
 
     It compiles two of its functions at import, for which torch loads its compiler: 2 of the 7 seconds in which torch,
-    transformers and PEFT are there. Imported here, it compiles them when they are called.
+    transformers and PEFT are there. Imported here, it compiles them when they are called. It looks for native code on
+    the Hub, too, which here it does not.
     """
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
-    with _compiled_when_called():
+    with _compiled_when_called(), kept_out():
         importlib.import_module("bitsandbytes")
 
 

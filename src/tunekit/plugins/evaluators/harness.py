@@ -15,6 +15,7 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.evaluation.predicting import evaluating
 from tunekit.core.fields import as_text, at_least, did_you_mean
 from tunekit.core.interfaces import Encoded, Evaluator
+from tunekit.core.model.quick_imports import import_bitsandbytes
 from tunekit.core.outcomes import Measured
 from tunekit.errors import ConfigError
 
@@ -78,6 +79,7 @@ class Harness(Evaluator):
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[Encoded], context: Context
     ) -> Mapping[str, float]:
         """The figures of the tasks; ConfigError for a metric that the harness does not return."""
+        import_bitsandbytes()  # as lm_eval does by PEFT, only quicker
         from lm_eval import __version__, simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager

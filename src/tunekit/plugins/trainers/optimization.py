@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tunekit.core.model.quick_imports import import_bitsandbytes
 from tunekit.core.training.sharded import cut_alike
 from tunekit.errors import TrainingError
 
@@ -37,6 +38,8 @@ def make(name: str, model: nn.Module, learning_rate: float, weight_decay: float)
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if module.startswith("bitsandbytes"):
+        import_bitsandbytes()
     optimizer = getattr(importlib.import_module(module), attribute)
     one_pass = knows(optimizer, "fused") and all(parameter.is_cuda for parameter in trained)
     options = {"fused": True} if one_pass else {}

@@ -16,6 +16,7 @@ from tunekit.core.data.codec import Codec, TrainOn
 from tunekit.core.evaluation.predicting import pad_id
 from tunekit.core.fields import did_you_mean
 from tunekit.core.interfaces import Encoded, Example, Trainer
+from tunekit.core.model.quick_imports import import_bitsandbytes
 from tunekit.core.outcomes import TrainResult
 from tunekit.core.run import checkpoint
 from tunekit.core.training.deepspeed import launched_stage, stage_of
@@ -146,10 +147,10 @@ class Transformers(Trainer):
         return TrainResult(steps=outcome.global_step, metrics={"loss": outcome.training_loss})
 
     def _arguments(self, output: str, context: Context | None) -> TrainingArguments:
+        self._check_names()
         import torch
         from transformers import TrainingArguments
 
-        self._check_names()
         defaults = {"report_to": "none", "save_strategy": "no", "logging_steps": 1}
         ours: dict[str, Any] = {"output_dir": output, "use_cpu": not torch.cuda.is_available()}
         if context:
@@ -205,6 +206,7 @@ def _on(device: str) -> Iterator[None]:
 
 def _fields() -> Mapping[str, Any]:
     """The fields of `transformers.TrainingArguments` by name."""
+    import_bitsandbytes()  # as they do by PEFT, only quicker; whatever the trainer does begins with this
     from transformers import TrainingArguments
 
     found: Mapping[str, Any] = TrainingArguments.__dataclass_fields__
