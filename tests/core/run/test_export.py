@@ -1,5 +1,6 @@
 """An export is a plain model, read again before it is there; other code than ours finds in our files what was trained."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,8 @@ METHODS = {
     "last-layers": tk.LastLayers(count=1),
     "full": tk.Full(),
 }
+ROUNDING = 2**-8
+"""Of one number in bfloat16, at most, in parts of it."""
 PEFT = [name for name in METHODS if name not in ("last-layers", "full")]
 
 
@@ -47,6 +50,11 @@ def make(model, adapter, **changes):
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS.to(model.device)).logits.float()
+
+
+def apart(one, other):
+    """How far two results are from each other, in parts of them."""
+    return float((one - other).norm() / other.norm())
 
 
 def distance(one, other):
@@ -109,6 +117,36 @@ def test_the_sum_is_rounded_once(finished, tmp_path, dtype):
     half = load_file(run.export(tmp_path / "half", dtype=dtype) / "model.safetensors")
     assert whole.keys() == half.keys()
     assert all(torch.equal(half[name], whole[name].to(getattr(torch, dtype))) for name in whole)
+
+
+# Over a base in bfloat16 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.parametrize("name", ["lora", "dora", "head", "adalora", "ia3", "loha", "lokr", "full"])
+def test_over_bfloat16_an_export_is_the_live_model_in_exact_arithmetic_rounded_once(name, tiny_directory, tmp_path):
+    from peft import PeftModel
+
+    run = make(tiny_directory, METHODS[name], dtype="bfloat16").run(tmp_path / "run")
+    live = run._model(tuned=True).model
+    exact = logits(copy.deepcopy(live).float())
+    whole = AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "whole", dtype="float32"))
+    half = AutoModelForCausalLM.from_pretrained(run.export(tmp_path / "half"))
+    assert (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert distance(logits(whole), exact) < 1e-5
+    rounded = half.state_dict()
+    assert all(torch.equal(rounded[key], value.bfloat16()) for key, value in whole.state_dict().items())
+    # What is exported rounds the sum of base and update, the live model what comes out of each of them.
+    for model in (half, live):
+        assert apart(logits(model), exact) < 2 * ROUNDING
+    opened = logits(tk.open_run(run.directory)._model(tuned=True).model)
+    # Without AdaLoRA's ranks that are zero, sums in float32 are of fewer terms.
+    assert apart(opened, logits(live)) < ROUNDING if name == "adalora" else torch.equal(opened, logits(live))
+    if name in PEFT:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_directory, dtype="bfloat16")
+        theirs = logits(PeftModel.from_pretrained(plain, run.directory / "adapter"))
+        # PEFT reads a module that was trained whole in the dtype of the base.
+        assert apart(theirs, exact) < 2 * ROUNDING if name == "head" else torch.equal(theirs, opened)
 
 
 # What an export holds ------------------------------------------------------------------------------------------------
