@@ -6,6 +6,7 @@ import pytest
 
 import tunekit as tk
 from tunekit.core.evaluation.predicting import generate
+from tunekit.plugins.adapters.virtual_tokens import cache_name
 from tunekit.testing import tiny_model, tiny_tokenizer
 from tunekit.testing.harness import ROWS, Harness
 from tunekit.testing.training import distance, logits
@@ -83,7 +84,7 @@ def written_out(adapter, base, weight, ids):
         positions = torch.arange(COUNT, COUNT + len(ids))[None]
         known = {} if base.config.model_type == "bloom" else {"position_ids": positions}
         mask = torch.ones(1, COUNT + len(ids), dtype=torch.long)
-        return base(row, past_key_values=cache, attention_mask=mask, **known).logits[0]
+        return base(row, **{cache_name(base): cache}, attention_mask=mask, **known).logits[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,6 +175,8 @@ def test_the_loss_of_a_model_with_labels_is_that_of_its_logits(adapter):
     torch.testing.assert_close(out.loss, expected)
 
 
+# PEFT 0.21 calls the cache by the name of before transformers 5.24.
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @by_name
 def test_plain_peft_loads_it_with_the_same_logits(adapter, architecture, tmp_path):
@@ -222,13 +225,14 @@ def test_it_cannot_be_merged(adapter):
 
 
 @by_name
-def test_a_cache_from_elsewhere_is_refused(adapter):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_from_elsewhere_is_refused(adapter, name):
     import torch
 
     base = tiny_model()
-    cache = base(torch.tensor(prompts(3)), use_cache=True).past_key_values
+    cache = getattr(base(torch.tensor(prompts(3)), use_cache=True), cache_name(base))
     with pytest.raises(tk.NotSupported, match="cannot go on from a cache"):
-        attach(adapter, base)[0](torch.tensor(prompts(3)), past_key_values=cache)
+        attach(adapter, base)[0](torch.tensor(prompts(3)), **{name: cache})
 
 
 # With gradient checkpointing ------------------------------------------------------------------------------------------
@@ -316,3 +320,24 @@ def test_a_row_as_long_as_the_context_is_refused_before_anything_is_loaded(tmp_p
     monkeypatch.undo()
     run = pipeline(4, on_long="truncate").run(tmp_path / "run")  # the last position is in use, and none after it
     assert run.result["rows"]["changed"] == {"train: cut to 60 tokens": 1}
+
+
+# What transformers calls the cache -------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_called_as_the_model_calls_it():
+    import torch
+
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None):
+            return input_ids
+
+    class Newer(torch.nn.Module):
+        def forward(self, input_ids, cache=None, **options):
+            return input_ids
+
+    class Other(torch.nn.Module):
+        def forward(self, *arguments, **options):
+            return arguments
+
+    assert [cache_name(model()) for model in (Older, Newer, Other)] == ["past_key_values", "cache", "past_key_values"]

@@ -9,7 +9,7 @@ import attrs
 from tunekit.core.component import Context
 from tunekit.errors import NotSupported
 from tunekit.plugins.adapters import virtual_tokens
-from tunekit.plugins.adapters.virtual_tokens import VirtualTokens
+from tunekit.plugins.adapters.virtual_tokens import VirtualTokens, cache_name
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -71,6 +71,6 @@ def _keys_and_values(model: PreTrainedModel, ids: Tensor) -> Tensor:
     from tunekit.core.evaluation.predicting import evaluating
 
     with evaluating(model):
-        cache = model(input_ids=ids[None], use_cache=True).past_key_values
+        cache = getattr(model(input_ids=ids[None], use_cache=True), cache_name(model))
     kept = [side[0] for layer in cache.layers for side in (layer.keys, layer.values)]  # each (heads, tokens, size)
     return torch.cat([side.transpose(0, 1).flatten(1) for side in kept], 1).float()

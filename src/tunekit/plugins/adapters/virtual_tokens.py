@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+CACHES = ("cache", "past_key_values")
+"""What models call their cache of keys and values: as transformers does from 5.24 on, and as it did before."""
+
 
 @attrs.frozen(kw_only=True)
 class VirtualTokens(PeftMethod):
@@ -89,6 +92,14 @@ def rows(model: PreTrainedModel, count: int, text: str | None, context: Context)
     return torch.tensor([ids[at % len(ids)] for at in range(count)], device=weight.device)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache of keys and values, in its arguments and in what it returns."""
+    import inspect
+
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in known), CACHES[-1])
+
+
 @cache
 def _model_class() -> type[PeftModel]:
     """Made when first used: its base class is in PEFT."""
@@ -108,7 +119,7 @@ def _model_class() -> type[PeftModel]:
         ) -> Any:
             """As the base model's; logits are (rows, given tokens, vocabulary)."""
             given: Any = input_ids if inputs_embeds is None else inputs_embeds
-            if options.pop("past_key_values", None) is not None:
+            if any(options.pop(name, None) is not None for name in CACHES):
                 raise NotSupported("a model with virtual tokens cannot go on from a cache; use generate()")
             count, shape = self.active_peft_config.num_virtual_tokens, given.shape[:2]
             mask = self._mask(given.device, shape, attention_mask)
@@ -118,7 +129,7 @@ def _model_class() -> type[PeftModel]:
             if self._in_cache:
                 self._refuse_checkpointing()
                 inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-                inputs["past_key_values"] = self.get_prompt(shape[0])
+                inputs[cache_name(self.get_base_model())] = self.get_prompt(shape[0])
                 positions = positions[:, count:]
             else:
                 inputs = {"inputs_embeds": self._after_prompt(input_ids, inputs_embeds)}
@@ -142,7 +153,7 @@ def _model_class() -> type[PeftModel]:
             mask = self._mask(ids.device, ids.shape, options.pop("attention_mask", None))
             if self._in_cache:
                 # Ids in the place of those that are in the cache; first ones of the row, so that no penalty sees news.
-                options["past_key_values"] = self.get_prompt(len(ids) * copies)
+                options[cache_name(self.get_base_model())] = self.get_prompt(len(ids) * copies)
                 out = self.base_model.generate(
                     torch.cat([ids[:, :1].expand(-1, count), ids], 1), *args, attention_mask=mask, **options
                 )
