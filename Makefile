@@ -4,7 +4,10 @@
 # make bench  beside TRL and plain transformers, in an environment of its own (BENCH_MINUTES=20), and docs/performance.md
 # make audit  compare the tested set with the published advisories (skipped, with the reason, offline)
 # make test   install with the test extra, then lint and the whole suite
-# make test-all  the same, with the tests marked slow
+# make test-all  the same with the tests marked slow, and with the packages that others are skipped for without
+#             (in an environment of its own; those of reports need Chromium on the PATH)
+# make test-floors  the suite over the lowest versions that pyproject.toml declares (OPTIONS="--set torch==2.11.0")
+# make test-newest  the suite over the newest versions there are (OPTIONS="--python python3.13")
 # make test-sim  what depends on the device and all tests marked gpu, on a CUDA device that is simulated on the CPU (needs
 #             a C++ compiler, and is skipped with the reason where there is none; tests/simulated_cuda/README.md)
 # make soak   kill a run 200 times at random moments; each time it must go on to the same end (docs/reliability.md)
@@ -13,11 +16,13 @@ BENCH := .venv-bench
 BENCH_MINUTES ?= 20
 BENCH_OPTIONS ?=
 VENV := .venv
+ALL := .venv-all
+OPTIONS ?=
 BIN := $(VENV)/bin
 MODEL ?=
 DATA ?=
 
-.PHONY: audit bench demo docs test test-all test-sim soak lint format fuzz clean
+.PHONY: audit bench demo docs test test-all test-floors test-newest test-sim soak lint format fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -28,8 +33,11 @@ test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-all: export PYTHONDONTWRITEBYTECODE :=
-test-all: lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+test-all: lint $(ALL)/.ready
+	$(ALL)/bin/python -m pytest -q -n 2 --dist worksteal
+
+test-floors test-newest: test-%:
+	$(PYTHON) scripts/other_versions.py $* $(OPTIONS)
 
 test-sim: export PYTHONDONTWRITEBYTECODE :=
 test-sim: $(VENV)/.test
@@ -63,7 +71,7 @@ audit:
 	$(PYTHON) scripts/audit.py
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -79,4 +87,10 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 $(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]" -r benchmarks/requirements.txt
+	touch $@
+
+$(ALL)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ALL)
+	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[test,harness,wandb,trackio,deepspeed]" playwright
 	touch $@
