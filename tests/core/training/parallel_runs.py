@@ -140,7 +140,8 @@ def main(what, model, directory):
         for name, adapter in SHARDED.items():
             make(model, adapter, IN_PIECES).run(directory / name)
         make(model, METHODS["lora"], attrs.evolve(EARLY, parallel="sharded")).run(directory / "early")
-        make(model, METHODS["lora"], IN_PIECES, dtype="bfloat16").run(directory / "bfloat16")
+        for name in ("lora", "full"):
+            make(model, METHODS[name], IN_PIECES, dtype="bfloat16").run(directory / "bfloat16" / name)
         make(model, DROPOUT, IN_PIECES).run(directory / "dropout")
         parallel.started().first(lambda: unfinished(directory / "dropout", directory / "resumed"))
         make(model, DROPOUT, IN_PIECES).run(directory / "resumed", resume=True)

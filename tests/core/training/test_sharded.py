@@ -50,10 +50,12 @@ def test_two_processes_with_a_piece_each_end_with_the_parameters_of_one(method, 
     assert mine["parameters"] == its["parameters"]
 
 
-def test_over_bfloat16_they_end_within_its_rounding_of_one(two, tiny_directory, tmp_path):
-    make(tiny_directory, METHODS["lora"], SHORT, dtype="bfloat16").run(tmp_path / "one")
-    assert difference_of_ways(two / "bfloat16", tmp_path / "one", tiny_directory) < 2**-8
-    for here, there in zip(files.history(two / "bfloat16"), files.history(tmp_path / "one"), strict=True):
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_over_bfloat16_they_end_within_its_rounding_of_one(method, two, tiny_directory, tmp_path):
+    make(tiny_directory, METHODS[method], SHORT, dtype="bfloat16").run(tmp_path / "one")
+    mine = two / "bfloat16" / method
+    assert difference_of_ways(mine, tmp_path / "one", tiny_directory) < 2**-8
+    for here, there in zip(files.history(mine), files.history(tmp_path / "one"), strict=True):
         assert here == pytest.approx(there, rel=2**-8)
 
 

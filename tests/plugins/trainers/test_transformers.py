@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tunekit import SFT, ConfigError, Context, NotSupported, Transformers
+from tunekit import SFT, ConfigError, Context, Full, LoRA, NotSupported, Transformers
+from tunekit.core.model import attaching
 from tunekit.core.registry import default_registry
 from tunekit.core.run.checkpoint import Checkpoint
 from tunekit.core.run.files import create, history
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
+from tunekit.plugins.trainers import deepspeed
 from tunekit.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -126,3 +128,12 @@ def test_a_deepspeed_configuration_needs_its_package(monkeypatch):
         trainer.check(Context(model_id="tiny"))
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__spec__=object()))
     trainer.check(Context(model_id="tiny"))
+
+
+def test_zero_3_refuses_weights_that_are_seen_rounded_and_lower_stages_take_them():
+    context = Context(model_id="tiny", device="cpu", dtype="bfloat16")
+    model = attaching.attach(Full(), tiny_model().bfloat16(), context)
+    with pytest.raises(NotSupported, match="ZeRO 3 cannot train weights of a base in bfloat16; set dtype='float32'"):
+        deepspeed.check(3, model)
+    deepspeed.check(2, model)
+    deepspeed.check(3, attaching.attach(LoRA(), tiny_model().bfloat16(), context))

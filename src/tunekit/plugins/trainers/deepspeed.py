@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tunekit.core.model import masters
 from tunekit.core.training.parallel import DEEPSPEED, PATIENCE
 from tunekit.errors import NotSupported
 
@@ -38,6 +39,15 @@ def told(device: str) -> Iterator[None]:
             del os.environ[DEEPSPEED]
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()  # with it, every model that is loaded later would be cut
+
+
+def check(stage: int | None, model: nn.Module) -> None:
+    """Raise NotSupported for weights that their modules see rounded, where DeepSpeed keeps them in pieces.
+
+    Its hooks, which put a module's weights together before it computes, come after those that round them.
+    """
+    if stage == 3 and masters.are_in(model):
+        raise NotSupported("ZeRO 3 cannot train weights of a base in bfloat16; set dtype='float32', or take stage 2")
 
 
 def share_of(model: nn.Module) -> str:

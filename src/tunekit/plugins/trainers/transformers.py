@@ -128,6 +128,7 @@ class Transformers(Trainer):
             raise NotSupported("the transformers trainer cannot go on with a run; use SFT for runs to be resumed")
         if extra_loss(model) is not None:
             raise NotSupported("the transformers trainer cannot add this method's extra loss once a step; use SFT")
+        deepspeed.check(self.zero_stage, model)
         with deepspeed.told(context.device) if self.zero_stage is not None else nullcontext(), _on(context.device):
             trainer = transformers.Trainer(
                 model=model,
