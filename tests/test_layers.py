@@ -123,6 +123,7 @@ ORDER = [
     "core.inspection.report",
     "core.inspection.validation",
     # one run
+    "core.training.messages",
     "core.training.parallel",
     "core.training.sharded",
     "core.training.deepspeed",

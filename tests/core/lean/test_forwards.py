@@ -178,9 +178,7 @@ def test_where_memory_runs_out_they_are_dropped_before_anything_else_is_changed(
     with lean_forwards(model) as lean:
         passed(model)
         clear = partial(drop_kept, model)
-        share = learn(
-            1, [0], train, Limits(), padded=True, sent=False, loss=loss, backward=torch.Tensor.backward, clear=clear
-        )
+        share = learn(1, [0], train, Limits(), padded=True, loss=loss, backward=torch.Tensor.backward, clear=clear)
         assert not drop_kept(model)
     assert given == [14, 0]
     assert share.limits == Limits()

@@ -11,7 +11,7 @@ from parallel_runs import EVEN, IN_BFLOAT16, METHODS, ROWS, STOP, Stops, check_e
 
 import tunekit as tk
 from tunekit.core.run import checkpoint, files
-from tunekit.core.training import parallel
+from tunekit.core.training import messages, parallel
 from tunekit.core.training.parallel import Processes
 
 
@@ -164,6 +164,22 @@ def test_the_shares_of_a_step_are_its_rows_and_none_is_twice_as_long_without_nee
     shares = [Processes(rank=rank, count=count).share(rows, lengths) for rank in range(count)]
     assert sorted(at for share in shares for at in share) == sorted(rows)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_messages_of_processes_with_gpus_go_from_host_to_host(tmp_path, monkeypatch):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        world = torch.distributed.group.WORLD
+        assert messages.channel.__wrapped__(world) is None, "they do already"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+            group = messages.channel.__wrapped__(world)
+        assert torch.distributed.get_backend(group) == "gloo"
+        found = [None]
+        torch.distributed.all_gather_object(found, {"step": 3}, group=group)
+        assert found == [{"step": 3}]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_alone_nothing_is_exchanged():

@@ -1,5 +1,6 @@
 """Where memory runs out, a step begins again with half as much at once, and is the same step."""
 
+import pickle
 from itertools import pairwise
 
 import attrs
@@ -9,7 +10,8 @@ from test_sft import CONTEXT, encoded, fit, largest_difference
 
 from tunekit import SFT, TrainingError
 from tunekit.core.run.checkpoint import newest
-from tunekit.plugins.trainers.micro_batches import Limits, is_out_of_memory, learn, read, smallest
+from tunekit.core.training.parallel import Processes
+from tunekit.plugins.trainers.micro_batches import Limits, Share, exchanged, is_out_of_memory, learn, read, smallest
 from tunekit.testing import tiny_model
 
 ROWS = 7
@@ -156,7 +158,6 @@ def test_with_a_model_in_pieces_a_process_with_fewer_rows_makes_as_many_passes_w
 
     options = {
         "padded": True,
-        "sent": True,
         "loss": loss,
         "backward": lambda part: part.backward(),
         "clear": list,
@@ -166,7 +167,7 @@ def test_with_a_model_in_pieces_a_process_with_fewer_rows_makes_as_many_passes_w
     assert asked == [1]
     assert passes == [len(train[2]["input_ids"]), shortest, shortest]
     assert weight.grad == passes[0]
-    assert [places for _, places in share.losses] == [[2]]
+    assert share.rows == [[2]]
     passes.clear()
     assert learn(2, [], train, Limits(rows=1), **options).losses == []
     assert len(passes) == 3
@@ -179,7 +180,7 @@ def test_with_a_model_in_pieces_the_step_is_not_begun_again():
         passes.append(places)
         raise KINDS[0]
 
-    options = {"padded": True, "sent": True, "loss": loss, "backward": list, "clear": list, "most": lambda count: count}
+    options = {"padded": True, "loss": loss, "backward": list, "clear": list, "most": lambda count: count}
     with pytest.raises(TrainingError, match=r"pieces.*micro_batch_size"):
         learn(1, [0, 1], dict(enumerate(encoded(2))), Limits(rows=2), **options)
     assert len(passes) == 1
@@ -197,7 +198,6 @@ def test_no_loss_is_read_before_all_forward_passes_are_under_way():
         rows,
         Limits(rows=1),
         padded=False,
-        sent=False,
         loss=lambda given: torch.zeros((), device="meta"),
         backward=lambda loss: None,
         clear=lambda: None,
@@ -209,13 +209,38 @@ def test_all_losses_and_the_norm_are_read_at_once(monkeypatch):
     reads = []
     plain = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or plain(self))
-    losses = [(torch.tensor(0.1), [0, 2]), (torch.tensor(float("nan")), [1]), (0.25, [3])]
-    found, norm = read(losses, torch.tensor(3.0, dtype=torch.bfloat16))
-    assert reads == [(3,)]
+    first = Share(rows=[[0, 2], [1]], losses=[torch.tensor(0.1), torch.tensor(float("nan"))], limits=Limits(), notes=[])
+    other = Share(rows=[[3]], losses=[torch.tensor(0.25, dtype=torch.float64)], limits=Limits(), notes=[])
+    found, norm = read([first, other], torch.tensor(3.0, dtype=torch.bfloat16))
+    assert reads == [(4,)]
     assert found[0] == (torch.tensor(0.1).item(), [0, 2])
     assert found[1][1:] == ([1],)
     assert found[1][0] != found[1][0]
-    assert (found[2], norm) == ((0.25, [3]), 3.0)
+    assert (found[2:], norm) == ([(0.25, [3])], 3.0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_processes_tell_each_other_their_rows_and_exchange_losses_that_nobody_reads(alone, monkeypatch):
+    told = []
+    meta = [torch.zeros((), device="meta") for _ in range(3)]  # a tensor without a value cannot be read
+
+    class Two(Processes):
+        def gather(self, value):
+            told.append(value)
+            other = Share(rows=[[7]], losses=[], limits=Limits(rows=1), notes=["n"])
+            return [value, other if alone else (other, None)]
+
+        def gather_numbers(self, numbers, counts, device):
+            assert (counts, device) == ([2, 1], "there")
+            return [*numbers, meta[2]]
+
+    def attempt():
+        return Share(rows=[[0], [1, 2]], losses=meta[:2], limits=Limits(), notes=[])
+
+    own, other = exchanged(Two(rank=0, count=2), attempt, "there", alone=alone)
+    assert (own.rows, own.losses) == ([[0], [1, 2]], meta[:2])
+    assert (other.rows, other.losses, other.notes) == ([[7]], meta[2:], ["n"])
+    assert "torch" not in str(pickle.dumps(told)), "no tensor goes with the message"
 
 
 @pytest.mark.gpu

@@ -7,25 +7,22 @@ repeated, and the loss may be made wherever it is made with one process.
 
 from __future__ import annotations
 
-import datetime
 import os
-import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
 from tunekit.core.interfaces import Trainer
+from tunekit.core.training.messages import PATIENCE, channel, portable
 from tunekit.errors import ConfigError, NotSupported, TrainingError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(hours=12)
-"""So long a process waits for the others: the first one evaluates, encodes and saves while they do."""
 BUCKET_NUMBERS = 1 << 24
 """Numbers of gradients that are added up at a time, 64 MiB of them in float32."""
 FSDP = "ACCELERATE_USE_FSDP"
@@ -72,8 +69,27 @@ class Processes:
         import torch.distributed
 
         found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value)
+        torch.distributed.all_gather_object(found, value, group=channel(torch.distributed.group.WORLD))
         return found
+
+    def gather_numbers(self, numbers: Sequence[Tensor], counts: Sequence[int], device: str) -> list[Tensor]:
+        """The numbers of each process, those of the first before those of the second; no GPU is waited for.
+
+        Args:
+            numbers: scalars, of this process.
+            counts: how many each process has.
+            device: where they are.
+        """
+        if self.count == 1:
+            return list(numbers)
+        import torch
+
+        own = torch.zeros(max(counts), dtype=torch.float64, device=device)
+        if numbers:
+            own[: len(numbers)] = torch.stack([number.double() for number in numbers])
+        found = [torch.empty_like(own) for _ in counts]
+        torch.distributed.all_gather(found, own)
+        return [number for each, count in zip(found, counts, strict=True) for number in each[:count].unbind()]
 
     def together(self, function: Callable[[], T]) -> list[T]:
         """What `function` returns on each process; what it raises on one is raised on all, so that none waits."""
@@ -84,7 +100,7 @@ class Processes:
             if self.count == 1:
                 raise
             caught = error
-        found = self.gather((value, _portable(caught)))
+        found = self.gather((value, portable(caught)))
         if caught:
             raise caught
         for _, theirs in found:
@@ -103,7 +119,7 @@ class Processes:
                 if self.count == 1:
                     raise
                 caught = error
-        said = self.gather(_portable(caught))[0]
+        said = self.gather(portable(caught))[0]
         if caught or said:
             raise caught or said  # type: ignore[misc]  # one of them is an exception
         return value
@@ -259,17 +275,6 @@ def join(trainer: Trainer, device: str) -> tuple[Processes, str]:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1")
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """The error as other processes can raise it; one that cannot be sent is told in words."""
-    if error is None:
-        return None
-    try:
-        pickle.loads(pickle.dumps(error))  # some errors can be written and not read
-    except Exception:  # whatever the error's own code raises
-        return TrainingError(f"another process stopped by {type(error).__name__}: {error}")
-    return error
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:

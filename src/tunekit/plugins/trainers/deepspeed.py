@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tunekit.core.model import masters
-from tunekit.core.training.parallel import DEEPSPEED, PATIENCE
+from tunekit.core.training.messages import PATIENCE
+from tunekit.core.training.parallel import DEEPSPEED
 from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported, TrainingError
 from tunekit.plugins.trainers import micro_batches, optimization
-from tunekit.plugins.trainers.micro_batches import Limits, Share, learn, smallest
+from tunekit.plugins.trainers.micro_batches import Limits, exchanged, learn, smallest
 from tunekit.plugins.trainers.recomputing import activations_computed_again
 from tunekit.plugins.trainers.schedules import schedule
 from tunekit.plugins.trainers.so_far import WAYS_OUT, SoFar, what_is_not_finite
@@ -103,14 +103,12 @@ def fit(
                 given.read,
                 so_far.limits,
                 padded=not summed_loss.padding_free,
-                sent=processes.count > 1,
                 loss=partial(given.loss, model),
                 backward=lambda loss: loss.backward(),
                 clear=partial(_clear, optimizer, model),
                 most=(lambda passes: max(processes.gather(passes))) if pieces else None,
             )
-            # In pieces, an error cannot be told to the others: they are amidst a pass, and end with this process.
-            shares: list[Share] = processes.gather(attempt()) if pieces else processes.together(attempt)
+            shares = exchanged(processes, attempt, context.device, alone=pieces)
             so_far.limits = smallest([share.limits for share in shares])
             for note in [note for share in shares for note in share.notes]:
                 run.note(note)
@@ -120,7 +118,7 @@ def fit(
                 extra.backward()
             processes.add_gradients(trained)
             length = clip_grad_norm_(trained, sft.max_grad_norm)
-            losses, norm = micro_batches.read([one for share in shares for one in share.losses], length)
+            losses, norm = micro_batches.read(shares, length)
             loss = sum(part for part, _ in losses)
             rate = peak * share(step - 1)
             for group in optimizer.param_groups:

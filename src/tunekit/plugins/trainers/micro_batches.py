@@ -11,7 +11,7 @@ import attrs
 from tunekit.core.common.random_states import random_states, set_random_states
 from tunekit.core.data import batching
 from tunekit.core.interfaces import Encoded
-from tunekit.core.training.parallel import started
+from tunekit.core.training.parallel import Processes, started
 from tunekit.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -68,12 +68,14 @@ class Share:
     """What came of the rows that one process has of a step.
 
     Args:
-        losses: of each forward pass, with the places of its rows; a part of the step's loss, still where it was made.
+        rows: of each forward pass, by their places.
+        losses: of each forward pass, a part of the step's loss, still where it was made; empty where others are told.
         limits: as they are now.
         notes: what was changed in order to get here, in words.
     """
 
-    losses: list[tuple[Tensor | float, list[int]]]
+    rows: list[list[int]]
+    losses: list[Tensor]
     limits: Limits
     notes: list[str]
 
@@ -85,7 +87,6 @@ def learn(
     limits: Limits,
     *,
     padded: bool,
-    sent: bool,
     loss: Callable[[Sequence[int]], Tensor],
     backward: Callable[[Tensor], None],
     clear: Callable[[], bool | None],
@@ -102,7 +103,6 @@ def learn(
         train: rows by place, at least these.
         limits: what may go through the model at once; made smaller as need be.
         padded: whether rows are padded.
-        sent: whether other processes are told of the losses, which are then read as numbers.
         loss: of the rows at some places, as a part of the step's.
         backward: adds the gradient of a loss.
         clear: takes all gradients away; true if it gave back memory besides, so that as much may fit after all.
@@ -115,7 +115,7 @@ def learn(
     random = random_states()
     notes: list[str] = []
     while True:
-        losses: list[tuple[Tensor | float, list[int]]] = []
+        losses: list[Tensor] = []
         group: list[int] = []
         try:
             groups = grouped(rows, train, limits, padded)
@@ -123,11 +123,11 @@ def learn(
             for group in groups:
                 part = loss(group)
                 backward(part)
-                losses.append((part.item() if sent else part.detach(), group))
+                losses.append(part.detach())
             for _ in range(idle):
                 group = [min(train, key=lambda at: len(train[at]["input_ids"]))]
                 backward(0 * loss(group))
-            return Share(losses=losses, limits=limits, notes=notes)
+            return Share(rows=groups, losses=losses, limits=limits, notes=notes)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -165,18 +165,37 @@ def grouped(rows: Sequence[int], train: Mapping[int, Encoded], limits: Limits, p
     return [[rows[at] for at in group] for group in batching.chunks(lengths, limits.tokens, limits.rows, padded)]
 
 
-def read(
-    losses: Sequence[tuple[Tensor | float, list[int]]], norm: Tensor
-) -> tuple[list[tuple[float, list[int]]], float]:
-    """The losses of a step and the norm of its gradient as numbers: the one time in a step that a GPU is waited for."""
+def exchanged(processes: Processes, attempt: Callable[[], Share], device: str, *, alone: bool) -> list[Share]:
+    """The shares of all processes, in the order of their ranks; on a GPU, nobody waits for their losses.
+
+    Args:
+        processes: those of the run.
+        attempt: makes the share of this one.
+        device: of this one.
+        alone: what it raises is raised here alone: in pieces, the others are amidst a pass, and end with this process.
+    """
+    own: list[Share] = []
+
+    def told() -> Share:
+        own.append(attempt())
+        return attrs.evolve(own[0], losses=[])
+
+    shares = processes.gather(told()) if alone else processes.together(told)
+    losses = iter(processes.gather_numbers(own[0].losses, [len(share.rows) for share in shares], device))
+    return [attrs.evolve(share, losses=[next(losses) for _ in share.rows]) for share in shares]
+
+
+def read(shares: Sequence[Share], norm: Tensor) -> tuple[list[tuple[float, list[int]]], float]:
+    """The losses of a step with the rows that they are of, and the norm of its gradient, as numbers.
+
+    The one time in a step that a GPU is waited for.
+    """
     import torch
 
-    there = [loss for loss, _ in losses if isinstance(loss, torch.Tensor)]
-    if not there:  # several processes have told each other the losses
-        return [(loss, rows) for loss, rows in losses if isinstance(loss, float)], float(norm)
-    *found, length = torch.stack([tensor.detach().double() for tensor in (*there, norm)]).tolist()
-    numbers = iter(found)
-    return [(loss if isinstance(loss, float) else next(numbers), rows) for loss, rows in losses], length
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    there = [loss for share in shares for loss in share.losses]
+    *found, length = torch.stack([tensor.detach().double() for tensor in (*there, whole)]).tolist()
+    return list(zip(found, [rows for share in shares for rows in share.rows], strict=True)), length
 
 
 def heaviest(
