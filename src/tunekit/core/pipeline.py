@@ -21,7 +21,7 @@ from tunekit.core.fields import as_text, as_tuple, check_types
 from tunekit.core.inspection.preview import Preview, first_rows
 from tunekit.core.inspection.report import Report
 from tunekit.core.inspection.validation import validate
-from tunekit.core.interfaces import AdapterMethod, DataSource, Evaluator, Example, Quantizer, Trainer
+from tunekit.core.interfaces import AdapterMethod, DataSource, Encoded, Evaluator, Example, Quantizer, Trainer
 from tunekit.core.memory.memory_plan import MemoryPlan, settle
 from tunekit.core.model import added_tokens, attaching, devices
 from tunekit.core.model.base import Base, LoadBase, Loaded, context_length, load_base
@@ -30,7 +30,7 @@ from tunekit.core.registry import default_registry
 from tunekit.core.remote.job import Job
 from tunekit.core.remote.ray import Ray
 from tunekit.core.run import adapter_files, checkpoint, files, run_report
-from tunekit.core.run.export import Parts
+from tunekit.core.run.export import HeldOut, Parts
 from tunekit.core.run.facts import Chosen, Facts
 from tunekit.core.run.gauge import Gauge, tokens_of_steps
 from tunekit.core.run.measuring import Measuring, check_names, check_rows
@@ -398,21 +398,19 @@ class Pipeline:
         check_rows(self.evaluators, codec.tokenizer, data.validation, self._context())
         return data
 
+    def _held_out(self, codec: Codec) -> Sequence[Encoded]:
+        return self._data(codec, context_length(self._base.config())).validation
+
     def _baselines(self, codec: Codec, data: dataset.Data) -> list[Baseline]:
         room, parts = context_length(self._base.config()), (self.data, self.validation)
         return baselines(self.baselines, *parts, data, codec, self.evaluators, room, self.seed)
 
-    def _finished(self, directory: Path, tuned: Loaded | None = None) -> Run:
+    def _finished(self, directory: Path, tuned: Loaded | None = None, held_out: HeldOut | None = None) -> Run:
         def context(codec: Codec) -> Context:
             device = devices.here(self.device)
             return self._context(device, files.dtype_of(directory), codec, run_directory=directory)
 
         made_of: dict[str, Any] = {"base": self._base, "adapter": self.adapter, "quantizer": self._quantizer}
         again = Reopening(directory=directory, template=self.template, context=context, **made_of)
-        parts = Parts(
-            load=again.load,
-            load_plain=again.load_plain,
-            held_out=lambda codec: self._data(codec, context_length(self._base.config())).validation,
-            **made_of,
-        )
+        parts = Parts(load=again.load, load_plain=again.load_plain, held_out=held_out or self._held_out, **made_of)
         return Run(directory, parts, tuned)

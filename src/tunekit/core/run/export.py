@@ -30,6 +30,10 @@ TOLERANCE = 1e-5
 """Of logits in float32, relative to the largest: the same weights by the same code, so only rounding may differ."""
 
 
+HeldOut = Callable[[Codec], Sequence[Encoded]]
+"""Reads and encodes the held-out rows."""
+
+
 @attrs.frozen(kw_only=True)
 class Parts:
     """What the models of a run are made of; each is loaded when it is asked for.
@@ -49,7 +53,7 @@ class Parts:
     quantizer: Quantizer | None
     load: Callable[[bool], Loaded]
     load_plain: Callable[[str | None], Loaded]
-    held_out: Callable[[Codec], Sequence[Encoded]]
+    held_out: HeldOut
 
 
 def export(run: Path, parts: Parts, directory: Path, dtype: str | None, live: Loaded | None) -> Path:
