@@ -66,6 +66,7 @@ ORDER = [
     "core.model.base",
     "core.model.fingerprint",
     "core.model.dequantize",
+    "core.model.plain",
     "core.model.targets",
     "core.model.trained_tensors",
     "core.model.packed",

@@ -165,7 +165,7 @@ class AdapterMethod(Component):
         """Put what `save` wrote onto a fresh base `model` and return it, ready for inference."""
 
     def merge(self, model: nn.Module, context: Context) -> PreTrainedModel:
-        """A plain model with the training folded into its weights; `model` itself stays as it is."""
+        """A plain model with the training folded into its weights; `model` is used up: it may be changed for it."""
         raise NotSupported(f"{self.name}: cannot be merged into its base; keep the adapter and the base side by side")
 
 

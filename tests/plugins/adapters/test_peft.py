@@ -122,7 +122,6 @@ def test_it_trains_and_is_saved_loaded_and_merged(kind, tmp_path):
     merged = adapter.merge(model, harness.context())
     assert type(merged) is type(harness.model())
     assert distance(logits(merged.eval(), batch), live) < 1e-4
-    assert distance(logits(model, batch), live) == 0
 
 
 @pytest.mark.parametrize("kind", OWN)

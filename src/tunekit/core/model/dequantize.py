@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def dequantize(model: PreTrainedModel, quantizer: Quantizer) -> PreTrainedModel:
+def dequantize(model: PreTrainedModel, quantizer: Quantizer, device: str | None = None) -> PreTrainedModel:
     """Turn `model` into one of plain layers in float32, with the very weights that its quantized layers stand for.
 
     Merged into the quantized weights, the training would be rounded away: an update is smaller than the steps between
@@ -20,6 +20,7 @@ def dequantize(model: PreTrainedModel, quantizer: Quantizer) -> PreTrainedModel:
     Args:
         model: a base that `quantizer` prepared, without an adapter; changed in place.
         quantizer: what quantized it.
+        device: where the plain model goes; None leaves it where it is.
     """
     import torch
 
@@ -27,13 +28,13 @@ def dequantize(model: PreTrainedModel, quantizer: Quantizer) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if quantizer.is_quantized(module):
             layer = plain.get_submodule(name)
-            weight = quantizer.dequantize(module)
+            weight = quantizer.dequantize(module).to(device)
             # GPT-2's layers are Conv1D, whose weight is stored the other way round.
             weight = weight if isinstance(layer, torch.nn.Linear) else weight.T.contiguous()
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             layer.bias = module.bias
             model.set_submodule(name, layer)
-    return _forget_quantization(model).float()
+    return _forget_quantization(model).to(device).float()
 
 
 def empty(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,13 +124,12 @@ class PeftMethod(AdapterMethod):
         return loaded
 
     def merge(self, model: PeftModel, context: Context) -> PreTrainedModel:
-        """A plain model: the product of the adapter added in float32 to a copy of the base, then cast once."""
+        """A plain model: the product of the adapter added in float32 to the base, which is used up, then cast once."""
         if context.quantization:
             raise NotSupported(f"{self.name}: merging onto a {context.quantization} base is not supported")
-        merged = copy.deepcopy(model)
-        masters.forget(merged)
-        dtype = next(merged.base_model.parameters()).dtype
-        return merged.float().merge_and_unload(safe_merge=True).to(dtype)
+        masters.forget(model)
+        dtype = next(model.base_model.parameters()).dtype
+        return model.float().merge_and_unload(safe_merge=True).to(dtype)
 
     def _train_rows(self, config: PeftConfig, model: PreTrainedModel, ids: Sequence[int]) -> None:
         """Have PEFT train the rows of `ids`, in float32, unless the whole module is trained.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.component import Context
 from tunekit.core.data.codec import Codec
 from tunekit.core.data.contract import GOLDEN
 from tunekit.core.evaluation.predicting import evaluating, predictions, stop_ids
@@ -70,46 +71,58 @@ def export(run: Path, parts: Parts, directory: Path, dtype: str | None, live: Lo
         raise RunExists(f"{directory} is not empty; choose another directory")
     if live and not parts.quantizer:
         raise NotSupported("into_quantized needs a quantizer, and this run has none: leave it out")
-    loaded = parts.load_plain(dtype)
-    merged = parts.adapter.merge(loaded.model, loaded.context).eval()
-    stop_at(merged, loaded.codec)
     with _beside(directory) as scratch:
         if live and parts.quantizer:
-            report = _write_quantized(merged, loaded, parts, parts.quantizer, live, scratch)
+            report = _write_quantized(parts, parts.quantizer, dtype, live, scratch)
         else:
-            report = _write_plain(merged, loaded, parts.base, scratch)
+            report = _write_plain(parts, dtype, scratch)
         files.write_json(scratch / REPORT, report)
         (scratch / CARD).write_text(model_card(run, report), encoding="utf-8")
     return directory
 
 
-def _write_plain(merged: PreTrainedModel, loaded: Loaded, base: Base, scratch: Path) -> dict[str, Any]:
+def _write_plain(parts: Parts, dtype: str | None, scratch: Path) -> dict[str, Any]:
     """The merged model, rounded once to the dtype; what is read again is compared with the rounded weights."""
-    dtype = loaded.context.dtype
-    _round(merged, dtype)
-    _save(merged, loaded.codec, scratch)
-    # In float32 both: half precision has no arithmetic on some devices, and its rounding would hide a difference.
-    _round(merged, "float32")
-    reread = attrs.evolve(base, model=str(scratch), revision=None)
-    again = _read(reread, loaded, "float32")
-    return {"dtype": dtype, "quantization": None, "compared": _compare(merged, again, loaded, reread)}
+    expected, context = _merged_and_written(parts, dtype, scratch)
+    reread = attrs.evolve(parts.base, model=str(scratch), revision=None)
+    again = _read(reread, context.device, "float32")
+    return {"dtype": context.dtype, "quantization": None, "compared": expected.compare(again, reread)}
+
+
+def _merged_and_written(parts: Parts, dtype: str | None, scratch: Path) -> tuple[_Expected, Context]:
+    """The merged model is gone when this returns: in float32, there is not always room for two."""
+    loaded = _merged(parts, dtype)
+    _round(loaded.model, loaded.context.dtype)
+    _save(loaded.model, loaded.codec, scratch)
+    # Compared in float32: half precision has no arithmetic on some devices, and its rounding would hide a difference.
+    _round(loaded.model, "float32")
+    return _Expected.of(loaded.model, loaded), loaded.context
+
+
+def _merged(parts: Parts, dtype: str | None) -> Loaded:
+    """The merged model in float32, to be written in `dtype`."""
+    loaded = parts.load_plain(dtype)
+    merged = parts.adapter.merge(loaded.model, loaded.context).eval()
+    stop_at(merged, loaded.codec)
+    return attrs.evolve(loaded, model=merged)
 
 
 def _write_quantized(
-    merged: PreTrainedModel, loaded: Loaded, parts: Parts, quantizer: Quantizer, live: Loaded, scratch: Path
+    parts: Parts, quantizer: Quantizer, dtype: str | None, live: Loaded, scratch: Path
 ) -> dict[str, Any]:
     """The merged model, quantized anew from its float32 weights, and what that costs on the held-out rows."""
     rows = parts.held_out(live.codec)
-    context = attrs.evolve(live.context, dtype=loaded.context.dtype)
-    plain = scratch / "plain"
-    _save(merged, loaded.codec, plain)
+    plain, merged = scratch / "plain", _merged(parts, dtype)
+    _save(merged.model, merged.codec, plain)
+    context, codec = attrs.evolve(live.context, dtype=merged.context.dtype), merged.codec
+    del merged
     options = quantizer.load_kwargs(context)
     source = attrs.evolve(parts.base, model=str(plain), revision=None)
     quantized = source.load(device=context.device, dtype=context.dtype, options=options)
     try:
         if quantized.config.quantization_config is None:
             raise AttributeError("its configuration does not say how it is quantized")
-        _save(quantized, loaded.codec, scratch)
+        _save(quantized, codec, scratch)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise NotSupported(
             f"a model quantized by {quantizer.name} cannot be written ({error}); export without into_quantized"
@@ -117,8 +130,8 @@ def _write_quantized(
     shutil.rmtree(plain)
     reread = attrs.evolve(parts.base, model=str(scratch), revision=None)
     # What a quantizer does after loading is done to both: on the CPU, bitsandbytes computes wrongly without it.
-    again = quantizer.prepare(_read(reread, loaded, context.dtype), context)
-    compared = _compare(quantizer.prepare(quantized, context), again, loaded, reread)
+    again = quantizer.prepare(_read(reread, context.device, context.dtype), context)
+    compared = _Expected.of(quantizer.prepare(quantized, context), live).compare(again, reread)
     nll = {"before": mean_nll(live, rows), "after": mean_nll(attrs.evolve(live, model=again), rows)} if rows else None
     return {"dtype": context.dtype, "quantization": quantizer.scheme, "compared": compared, "nll": nll}
 
@@ -161,10 +174,10 @@ def _save(model: PreTrainedModel, codec: Codec, directory: Path) -> None:
     codec.tokenizer.save_pretrained(directory)
 
 
-def _read(base: Base, loaded: Loaded, dtype: str) -> PreTrainedModel:
+def _read(base: Base, device: str, dtype: str) -> PreTrainedModel:
     """What was written, as transformers alone reads it."""
     try:
-        return base.load(device=loaded.context.device, dtype=dtype)
+        return base.load(device=device, dtype=dtype)
     except ConfigError as error:
         raise ExportError(f"transformers does not read what was written: {error.message}") from error
 
@@ -177,39 +190,65 @@ def _round(model: PreTrainedModel, dtype: str) -> None:
         parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def _compare(model: PreTrainedModel, again: PreTrainedModel, loaded: Loaded, base: Base) -> Mapping[str, Any]:
-    """Logits, stop tokens and template of what was written against what was to be written; ExportError if they differ.
+@attrs.frozen(kw_only=True)
+class _Expected:
+    """What a model that was written must do when it is read again.
 
-    The rows are the contract's conversation, as a row of training and as a prompt, and with the added tokens behind it.
+    Args:
+        codec: its tokenizer and template.
+        added: ids of added tokens.
+        rows: the contract's conversation, as a row of training and as a prompt, and with the added tokens behind it.
+        logits: what it predicts for them, on the CPU.
+        stops: its stop tokens.
     """
-    reread, codec, added = Codec(base.tokenizer()), loaded.codec, loaded.context.added_ids
-    try:
-        reread.check_contract(codec.contract())
-    except ConfigError as error:
-        raise ExportError(f"the tokenizer that was written differs: {error.message}") from error
-    if stop_ids(again) != stop_ids(model):
-        raise ExportError(f"the stop tokens that were written differ: {stop_ids(again)}, not {stop_ids(model)}")
-    rows = [reread.prompt(GOLDEN[-1:]), reread.prompt(GOLDEN[:1]), reread.encode({"messages": GOLDEN[:2]})["input_ids"]]
-    if added:
-        if reread.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
+
+    codec: Codec
+    added: Sequence[int]
+    rows: Sequence[Sequence[int]]
+    logits: Sequence[Tensor]
+    stops: Any
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, loaded: Loaded) -> _Expected:
+        """What `model` does."""
+        codec, added = loaded.codec, loaded.context.added_ids
+        rows = [
+            codec.prompt(GOLDEN[-1:]),
+            codec.prompt(GOLDEN[:1]),
+            codec.encode({"messages": GOLDEN[:2]})["input_ids"],
+        ]
+        if added:
+            rows.append([*rows[0], *added])
+        logits = [_logits(model, row) for row in rows]
+        return cls(codec=codec, added=added, rows=rows, logits=logits, stops=stop_ids(model))
+
+    def compare(self, again: PreTrainedModel, base: Base) -> Mapping[str, Any]:
+        """Compare what was read again of `base`; ExportError if logits, stop tokens, tokens or template differ."""
+        reread = Codec(base.tokenizer())
+        try:
+            reread.check_contract(self.codec.contract())
+        except ConfigError as error:
+            raise ExportError(f"the tokenizer that was written differs: {error.message}") from error
+        if stop_ids(again) != self.stops:
+            raise ExportError(f"the stop tokens that were written differ: {stop_ids(again)}, not {self.stops}")
+        if self.added and reread.tokenizer.get_vocab() != self.codec.tokenizer.get_vocab():
             raise ExportError("the tokenizer that was written has not the same tokens")
-        rows.append([*rows[0], *added])
-    furthest = 0.0
-    for row in rows:
-        expected, found = _logits(model, row), _logits(again, row)
-        if expected.shape != found.shape:
-            raise ExportError(f"the logits that were written are {[*found.shape]}, not {[*expected.shape]}")
-        away = float((expected - found).abs().max())
-        if not away <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ExportError(f"the logits of what was written are {away:.3g} away from those of the merged model")
-        furthest = max(furthest, away)
-    return {"rows": len(rows), "largest_difference_of_logits": furthest}
+        furthest = 0.0
+        for row, expected in zip(self.rows, self.logits, strict=True):
+            found = _logits(again, row)
+            if expected.shape != found.shape:
+                raise ExportError(f"the logits that were written are {[*found.shape]}, not {[*expected.shape]}")
+            away = float((expected - found).abs().max())
+            if not away <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                raise ExportError(f"the logits of what was written are {away:.3g} away from those of the merged model")
+            furthest = max(furthest, away)
+        return {"rows": len(self.rows), "largest_difference_of_logits": furthest}
 
 
 def _logits(model: PreTrainedModel, row: Sequence[int]) -> Tensor:
-    """What the model predicts for one row, (time, vocabulary), in float32."""
+    """What the model predicts for one row, (time, vocabulary), in float32 on the CPU."""
     import torch
 
     with evaluating(model):
-        found: Tensor = model(torch.tensor([list(row)], device=model.device), use_cache=False).logits[0].float()
+        found: Tensor = model(torch.tensor([list(row)], device=model.device), use_cache=False).logits[0].float().cpu()
     return found

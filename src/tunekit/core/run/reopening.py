@@ -12,7 +12,7 @@ from tunekit.core.data.codec import Codec
 from tunekit.core.interfaces import AdapterMethod, Quantizer
 from tunekit.core.model import attaching
 from tunekit.core.model.base import Base, Loaded, load_base
-from tunekit.core.model.dequantize import dequantize
+from tunekit.core.model.plain import plain, where
 from tunekit.core.run import adapter_files, files
 
 
@@ -38,22 +38,33 @@ class Reopening:
 
     def load(self, tuned: bool) -> Loaded:
         """The tuned model, or its base, fresh from disk and in the dtype of the run."""
-        found = self._load_base()
+        codec, context = self._facts()
+        found = self._load_base(codec, context)
         at = self.directory / files.ADAPTER
         model = attaching.load(self.adapter, found.model, at, found.context) if tuned else found.model
         return attrs.evolve(found, model=model.eval())
 
     def load_plain(self, dtype: str | None) -> Loaded:
-        """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`."""
-        found = self._load_base()
-        base = dequantize(found.model, self.quantizer) if self.quantizer else found.model.float()
-        context = attrs.evolve(found.context, quantization=None, dtype=dtype or found.context.dtype)
+        """The tuned model over the very base of the run, dequantized and in float32, to be merged into `dtype`.
+
+        It is on the CPU where the device of the run has no room for it.
+        """
+        codec, context = self._facts()
+        bare = self.base.empty(added_ids=context.added_ids)
+        device = where(sum(parameter.numel() for parameter in bare.parameters()), context.device)
+        # A quantized base is packed where it was trained: elsewhere, its numbers may be others.
+        found = self._load_base(codec, context if self.quantizer else attrs.evolve(context, device=device))
+        base = plain(found.model, self.quantizer, device)
+        context = attrs.evolve(context, quantization=None, dtype=dtype or context.dtype, device=device)
         model = attaching.load(self.adapter, base, self.directory / files.ADAPTER, context)
         return attrs.evolve(found, model=model.eval(), context=context)
 
-    def _load_base(self) -> Loaded:
-        """The base, for an adapter that was found to be whole, and of this base and template."""
+    def _facts(self) -> tuple[Codec, Context]:
+        """Of the run, its adapter being found whole, and of this base and template."""
         codec = self.base.codec(self.template)
         context = self.context(codec)
         adapter_files.check(self.directory / files.ADAPTER, self.adapter, self.base, codec)
+        return codec, context
+
+    def _load_base(self, codec: Codec, context: Context) -> Loaded:
         return Loaded(model=load_base(self.base, self.quantizer, codec, context), codec=codec, context=context)

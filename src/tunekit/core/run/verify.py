@@ -22,7 +22,8 @@ from tunekit.core.evaluation.predicting import evaluating, pad_id, trying
 from tunekit.core.interfaces import AdapterMethod, Encoded, Quantizer, Trainer
 from tunekit.core.lean.trial import stirred
 from tunekit.core.model import attaching
-from tunekit.core.model.dequantize import dequantize
+from tunekit.core.model.dequantize import empty
+from tunekit.core.model.plain import plain, where
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
 from tunekit.core.run.checkpoint import Checkpoint, checksum, trained_parameters
@@ -142,8 +143,9 @@ class Bench:
         if "unsaved" in self._trained:
             raise NotSupported("it could not be saved")
         base = self.load()
-        plain = dequantize(base, self.quantizer) if self.quantizer else base.float()
-        live = attaching.load(self.adapter, plain, self._adapter, self.context).eval()
+        device = where(sum(p.numel() for p in empty(base).parameters()), self.context.device)
+        base = plain(base, self.quantizer, device)
+        live = attaching.load(self.adapter, base, self._adapter, self.context).eval()
         before = self._logits(live)
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
         return _away(self._logits(merged), before)
@@ -175,7 +177,7 @@ class Bench:
 
     def _logits(self, model: nn.Module) -> Tensor:
         """What it predicts for the rows, (rows, time, vocabulary) in float32, padding set to zero."""
-        batch = collate(self.rows, pad_id(self.codec.tokenizer), self.context.device)
+        batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
         batch.pop("labels")
         with evaluating(model):
             found: Tensor = model(**batch, use_cache=False).logits.float() * batch["attention_mask"][:, :, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +52,8 @@ class LastLayers(AdapterMethod):
         return model
 
     def merge(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
-        """A copy: there is nothing to fold in."""
-        return copy.deepcopy(model)
+        """The model itself: there is nothing to fold in."""
+        return model
 
     def _last(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of the last layers by their full names."""
