@@ -7,10 +7,13 @@ import pytest
 import torch
 from leaking_families import APART, LEAKING, LEAKING_TOO, SIZE, VOCABULARY, family
 from sharp_models import sharp
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Llama4TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
 
+import tunekit as tk
+from tunekit.core.run import files
 from tunekit.core.training import segments
 from tunekit.core.training.rows_loss import RowsLoss, choose
+from tunekit.testing import tiny_tokenizer
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 NOTE = "no rows without padding: a row changes the row after it"
@@ -133,3 +136,63 @@ def test_the_question_leaves_no_gradient_and_no_hook():
     chosen(model)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+LONG_ROPE |= {"original_max_position_embeddings": 16}
+CHUNKS = {"attention_chunk_size": 16, "layer_types": ["chunked_attention", "full_attention"], "moe_layers": []}
+
+
+@DTYPES
+def test_rows_that_lengthen_the_positions_of_others_go_through_the_model_one_by_one(dtype):
+    model = sharp(Phi3Config(**SIZE, original_max_position_embeddings=16, rope_parameters=LONG_ROPE)).to(dtype)
+    way = chosen(model)
+    assert (way.padding_free, way.apart) == (False, True)
+    assert way.notes[-1].startswith("no rows together: their loss is ")
+    alone = sum(loss(way, [row]) for row in rows(9, 23))
+    assert loss(way, rows(9, 23)) == pytest.approx(alone, rel=1e-6)
+    together = loss(attrs.evolve(way, apart=False), rows(9, 23))
+    assert together != pytest.approx(alone, rel=1e-4)
+    short = choose(model, rows(9, 15), 0, "cpu", padding_free=True, chunked=True)
+    assert not short.apart
+
+
+@DTYPES
+def test_what_the_attention_is_not_told_of_is_seen_below_the_rounding_of_half_precision(dtype):
+    model = sharp(Llama4TextConfig(**SIZE, head_dim=8, num_local_experts=1, intermediate_size_mlp=64, **CHUNKS)).to(
+        dtype
+    )
+    way = chosen(model)
+    assert (way.padding_free, way.apart) == (False, False)
+    assert way.notes[0].startswith("no rows without padding: ")
+    alone = sum(loss(way, [row]) for row in rows(9, 23))
+    assert loss(way, rows(9, 23)) == pytest.approx(alone, rel=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_run_of_rows_one_by_one_is_the_same_in_any_micro_batch(tmp_path):
+    sharp(
+        Phi3Config(**{**SIZE, "vocab_size": 300}, original_max_position_embeddings=16, rope_parameters=LONG_ROPE)
+    ).save_pretrained(tmp_path / "phi3")
+    tiny_tokenizer().save_pretrained(tmp_path / "phi3")
+    texts = [{"text": "abc" * count} for count in (2, 3, 4, 8, 9, 10)]
+    adapter = tk.LoRA(rank=2, targets=("o_proj",))
+
+    def run(name, micro):
+        trainer = tk.SFT(
+            max_steps=3, batch_size=6, micro_batch_size=micro, optimizer="sgd", learning_rate=1e-2, save_every=1
+        )
+        pipeline = tk.Pipeline(
+            model=str(tmp_path / "phi3"),
+            data=tk.InMemory(rows=texts),
+            validation=0,
+            evaluators=(),
+            adapter=adapter,
+            trainer=trainer,
+        )
+        return pipeline.run(tmp_path / name)
+
+    one, auto = run("one", 1), run("auto", "auto")
+    assert "no rows together" in (tmp_path / "auto" / files.LOG).read_text()
+    steps = [[(step["loss"], step["grad_norm"]) for step in each.history if "loss" in step] for each in (one, auto)]
+    assert len(steps[0]) == 3
+    assert steps[0] == steps[1]

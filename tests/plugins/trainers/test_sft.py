@@ -445,7 +445,7 @@ def test_a_resumed_run_takes_the_way_to_the_loss_that_it_took_before(tmp_path, m
     fit(trainer, tmp_path / "whole")
     found = newest(tmp_path / "whole" / "checkpoints")
     # No layer of PEFT's is in it, and no prefix is shared.
-    way = {"padding_free": free, "chunked": True, "lean": False, "compiled": not free, "shared": False}
+    way = {"padding_free": free, "chunked": True, "lean": False, "compiled": not free, "shared": False, "apart": False}
     assert found.state["trainer"]["loss"] == way
     monkeypatch.setattr("tunekit.core.training.rows_loss.choose", lambda *_, **__: pytest.fail("tried again"))
     taken = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunekit.core.data.batching import chunks, collate, lengths, on_device
+from tunekit.core.data.batching import collate, lengths, on_device, shortest_and_longest
 from tunekit.core.data.codec import IGNORED
+from tunekit.core.evaluation import together
 from tunekit.core.evaluation.logits import logits_at
 from tunekit.core.interfaces import Encoded
 from tunekit.core.model.masters import rounded
@@ -107,9 +109,11 @@ def row_predictions(
     """What `predictions` yields, and before it the number of each token's row in `rows`, shape (tokens,)."""
     import torch
 
-    device = str(next(model.parameters()).device)
-    for group in chunks(lengths(rows), BATCH_TOKENS):
-        batch = collate([rows[at] for at in group], pad_id(tokenizer), device)
+    device, fill = str(next(model.parameters()).device), pad_id(tokenizer)
+    shown = shortest_and_longest(rows) if len(rows) > 1 else []
+    how = together.read(model, fill, [row["input_ids"] for row in shown])
+    for group in together.groups(how, lengths(rows), BATCH_TOKENS):
+        batch = collate([rows[at] for at in group], fill, device)
         width = batch.pop("labels").shape[1]
         supervised = [
             (number, row * width + at, label)
@@ -169,31 +173,46 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuations of token prompts, in order, each cut before its first stop token.
 
-    Prompts are padded on the left, which gives the same tokens as one prompt at a time. Stop tokens are those of the
-    model's generation configuration, which tunekit completes when it loads a model. `change_logits` is told the numbers
-    of the prompts that go through the model together, and gives what is applied to their tokens so far and the logits
-    of the next ones, shape (prompts, vocabulary).
+    Prompts go through the model together where that gives the same tokens as one at a time, but for rounding. Stop
+    tokens are those of the model's generation configuration, which tunekit completes when it loads a model.
+    `change_logits` is told the numbers of the prompts that go through the model together, and gives what is applied to
+    their tokens so far and the logits of the next ones, shape (prompts, vocabulary).
     """
-    import torch
-
-    device, fill, stops = next(model.parameters()).device, pad_id(tokenizer), stop_ids(model)
+    fill, stops = pad_id(tokenizer), stop_ids(model)
     answers: dict[int, list[int]] = {}
     with evaluating(model), rounded(model):
-        for group in chunks([len(prompt) + max_new_tokens for prompt in prompts], BATCH_TOKENS):
-            width = len(prompts[group[0]])
-            padding = [width - len(prompts[at]) for at in group]
-            ids = [[fill] * pad + list(prompts[at]) for at, pad in zip(group, padding, strict=True)]
-            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            out = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                logits_processor=[change_logits(group)] if change_logits else None,
-                pad_token_id=fill,
-            )
-            answers |= {at: _until_stop(row, stops) for at, row in zip(group, out[:, width:].tolist(), strict=True)}
+        how = together.answered(model, prompts, max_new_tokens, stops, partial(_continued, model, fill))
+        for group in together.groups(how, [len(prompt) + max_new_tokens for prompt in prompts], BATCH_TOKENS):
+            change = change_logits(group) if change_logits else None
+            found = _continued(model, fill, [prompts[at] for at in group], max_new_tokens, change)
+            answers |= {at: _until_stop(row, stops) for at, row in zip(group, found, strict=True)}
     return [answers[at] for at in range(len(prompts))]
+
+
+def _continued(
+    model: nn.Module,
+    fill: int,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    change_logits: Callable[[Tensor, Tensor], Tensor] | None,
+) -> list[list[int]]:
+    """What follows each of `prompts`, in one batch, padded on the left with `fill`."""
+    import torch
+
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    out = model.generate(
+        input_ids=torch.tensor(
+            [[fill] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device
+        ),
+        attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=[change_logits] if change_logits else None,
+        pad_token_id=fill,
+    )
+    found: list[list[int]] = out[:, width:].tolist()
+    return found
 
 
 def stop_ids(model: nn.Module) -> frozenset[int]:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunekit.core.lean.frozen import dequantized, is_quantized
+from tunekit.errors import NotSupported
 
 ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes in whose place float64 is taken."""
@@ -29,7 +30,11 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     the largest weight in float64, and activations of up to four times the size. Quantized weights are those that the
     layer multiplies with, rounded to the dtype in which it does. What is trained keeps its dtype, and its gradient may
     be rounded to that.
+
+    Raises NotSupported for one of which each process has pieces.
     """
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        raise NotSupported("a model that is cut among processes is gathered in the dtype that it has")
     quantized = [module for module in model.modules() if is_quantized(module) and "forward" not in vars(module)]
     for module in quantized:
         module.forward = _Dequantized(module)

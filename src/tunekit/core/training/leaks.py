@@ -8,9 +8,11 @@ would not be: a mixture of experts then groups the tokens otherwise, and rounds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import attrs
 
 from tunekit.core.data.codec import IGNORED
 from tunekit.core.interfaces import Encoded
@@ -19,41 +21,66 @@ from tunekit.core.training.batch import Batch
 if TYPE_CHECKING:
     from torch import Size, Tensor, nn
 
+    from tunekit.core.training.rows_loss import RowsLoss
+
 TOKENS = 16
 """Of each row that is asked about: a state that is handed on at all is handed on by a few tokens."""
+EXACT = 1e-6
+"""Relative difference of two losses in float64 that is rounding alone: they are added up in float32."""
 
 
-def leak(
-    model: nn.Module,
-    rows: Sequence[Encoded],
-    batch: Callable[[Sequence[Encoded]], Batch],
-    loss: Callable[[Batch], Tensor],
-) -> str | None:
-    """What changes a row of `rows` that is not its own; None if each is what it is beside any others.
+def leak(way: RowsLoss, rows: Sequence[Encoded]) -> str | None:
+    """What changes a row of `rows` that is not its own, or what was raised; None if each is as beside any others.
 
     Args:
-        model: in evaluation mode; its parameters get no gradients.
+        way: to the loss, of a model in evaluation mode, whose parameters get no gradients.
         rows: a few short rows.
-        batch: lays rows out for one forward pass.
-        loss: of such a batch.
     """
-    import torch
+    try:
+        with way.training():
+            reasons = (_changed(way, rows, number) for number in range(len(rows)))
+            return next(filter(None, reasons), None)
+    except Exception as error:  # whatever a model of somebody else's raises, there is the plain way
+        return f"{type(error).__name__}: {error}"
 
-    for number in range(len(rows)):
-        asked = batch([_labelled(row, at == number) for at, row in enumerate(rows)])
-        with torch.enable_grad(), _read(model, asked.inputs["input_ids"].shape) as read:
-            gradients = torch.autograd.grad(loss(asked), read, allow_unused=True)
-        # Not a number is not zero either.
-        moving = [gradient.flatten(0, -2).ne(0).any(-1) for gradient in gradients if gradient is not None]
-        if reason := _not_its_own(asked, number, set(torch.stack(moving).any(0).nonzero().flatten().tolist())):
-            return reason
-    return None
+
+def not_as_alone(way: RowsLoss, rows: Sequence[Encoded]) -> str | None:
+    """How far the loss of `rows` together is from that of each alone, in float64; None if it is the same.
+
+    What depends on lengths, as positions that are scaled by the longest row do, no gradient shows. Nor is anything seen
+    of a model that float64 is unknown to, or has no room for: then it is left to what is asked besides.
+    """
+    from tunekit.core.training.float64 import in_float64
+
+    alone = attrs.evolve(way, padding_free=False, apart=True)
+    try:
+        with in_float64(way.model):
+            apart = float(alone(way.model, rows))
+            with way.training():
+                together = float(way(way.model, rows))
+    except Exception:  # see above
+        return None
+    if abs(together - apart) <= EXACT * abs(apart):
+        return None
+    return f"their loss is {together:.6g}, and {apart:.6g} one by one"
 
 
 def parted(rows: Sequence[Encoded], shared: int = 0, before: int = 0) -> list[Encoded]:
     """The first tokens of each row after the `shared` ones that all begin with, and so many `before` these."""
     start = max(0, shared - before)
     return [{name: row[name][start : shared + TOKENS] for name in ("input_ids", "labels")} for row in rows]
+
+
+def _changed(way: RowsLoss, rows: Sequence[Encoded], number: int) -> str | None:
+    """What changes row `number` that is not its own."""
+    import torch
+
+    asked = way.batch([_labelled(row, at == number) for at, row in enumerate(rows)])
+    with torch.enable_grad(), _read(way.model, asked.inputs["input_ids"].shape) as read:
+        gradients = torch.autograd.grad(way.of(way.model, asked), read, allow_unused=True)
+    # Not a number is not zero either.
+    moving = [gradient.flatten(0, -2).ne(0).any(-1) for gradient in gradients if gradient is not None]
+    return _not_its_own(asked, number, set(torch.stack(moving).any(0).nonzero().flatten().tolist()))
 
 
 def _labelled(row: Encoded, learned: bool) -> Encoded:

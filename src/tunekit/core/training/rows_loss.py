@@ -27,7 +27,7 @@ from tunekit.core.training.accuracy import as_accurate
 from tunekit.core.training.batch import Batch, end_to_end, padded
 from tunekit.core.training.excerpts import beginning_alike, excerpt, excerpts
 from tunekit.core.training.frozen import FrozenLayers
-from tunekit.core.training.leaks import leak, parted
+from tunekit.core.training.leaks import leak, not_as_alone, parted
 from tunekit.core.training.padding import told, unwatched
 from tunekit.core.training.prefixes import LEAST, Layout
 from tunekit.core.training.segments import ATTENTION, attending
@@ -40,7 +40,8 @@ TOLERANCE = {"float32": 1e-5}
 """Relative difference of two ways to a loss that is rounding alone; of bfloat16 and float16, which round more, 1e-2."""
 WAYS = {"padding_free": "rows without padding", "chunked": "logits in chunks"}
 WAYS |= {"lean": "lean forwards", "compiled": "compiled layers", "shared": "shared prefixes"}
-"""The fields that say which way it is, part of a checkpoint; and what each is in words."""
+"""The fields that say which way it is; and what each is in words."""
+SETTLED = (*WAYS, "apart")  # what of a way is part of a checkpoint
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -52,6 +53,7 @@ class RowsLoss:
         pad_id: fills shorter rows where rows are padded.
         device: where tensors are made.
         padding_free: rows are laid end to end; within `training()` only.
+        apart: each row goes through the model by itself: it would be another one beside others.
         chunked: logits are made where there is a label, a chunk at a time.
         lean: layers of PEFT's have lean forwards; within `training()` only.
         compiled: the layers of the model are compiled; within `training()` only.
@@ -65,6 +67,7 @@ class RowsLoss:
     pad_id: int
     device: str
     padding_free: bool = False
+    apart: bool = False
     chunked: bool = False
     lean: bool = False
     compiled: bool = False
@@ -79,6 +82,8 @@ class RowsLoss:
 
     def __call__(self, model: nn.Module, rows: Sequence[Encoded]) -> Tensor:
         """The summed loss of `rows`, a float32 scalar with a graph; `model` is the module, or what wraps it."""
+        if self.apart:
+            return sum((self.of(model, self.batch([row])) for row in rows[1:]), self.of(model, self.batch(rows[:1])))
         return self.of(model, self.batch(rows))
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
@@ -182,16 +187,21 @@ def choose(
     plainly = RowsLoss(model=model, pad_id=pad_id, device=device, kept_bytes=kept_bytes)
     with evaluating(model):
         if padding_free:
-            asked = attrs.evolve(plainly, padding_free=True)
-            plainly = attrs.evolve(
-                plainly, notes=_note(asked, parted(shortest_and_longest(rows)), "rows without padding")
-            )
-            padding_free = not plainly.notes
+            reason = leak(attrs.evolve(plainly, padding_free=True), parted(shortest_and_longest(rows)))
+            plainly = attrs.evolve(plainly, notes=[f"no {WAYS['padding_free']}: {reason}"] if reason else ())
+            padding_free = not reason
         plain = float(plainly(model, short))
         chosen = _laid_out(plainly, short, plain, padding_free, chunked)
         if len(chosen.notes) > len(plainly.notes) and short is not rows:  # it may be rounding: whole rows settle it
             short, plain = rows, float(plainly(model, rows))
             chosen = _laid_out(plainly, rows, plain, padding_free, chunked)
+        # What depends on lengths, or on padding, no gradient shows.
+        if reason := not_as_alone(chosen, short):
+            free, chosen = chosen.padding_free, attrs.evolve(chosen, padding_free=False)
+            apart = not free or not_as_alone(chosen, short) is not None
+            told = f"no rows {'together' if apart else 'without padding'}: {reason}"
+            chosen = attrs.evolve(chosen, apart=apart, notes=[*chosen.notes, told])
+            plain = float((plainly := attrs.evolve(plainly, apart=apart))(model, short))
         if sharing and chosen.padding_free:
             chosen = _sharing(chosen, sharing)
     if compiling:
@@ -266,19 +276,9 @@ def _sharing(chosen: RowsLoss, rows: Sequence[Encoded]) -> RowsLoss:
         plain = float(chosen(chosen.model, rows))
     prefix = max(own for own, _, _ in Layout.of(rows, shared=True).begins)
     shared = attrs.evolve(chosen, shared=True)
-    if note := _note(shared, parted(rows[:2], prefix, before=LEAST), "shared prefixes"):
-        return attrs.evolve(chosen, notes=[*chosen.notes, *note])
+    if reason := leak(shared, parted(rows[:2], prefix, before=LEAST)):
+        return attrs.evolve(chosen, notes=[*chosen.notes, f"no {WAYS['shared']}: {reason}"])
     return _tried(shared, chosen, "shared prefixes", rows, plain)
-
-
-def _note(way: RowsLoss, rows: Sequence[Encoded], name: str) -> Sequence[str]:
-    """A note of what changes a row that is not its own, by which `way` is not taken; none if nothing does."""
-    try:
-        with way.training():
-            reason = leak(way.model, rows, way.batch, partial(way.of, way.model))
-    except Exception as error:  # as in the trial of its loss
-        reason = f"{type(error).__name__}: {error}"
-    return [f"no {name}: {reason}"] if reason else ()
 
 
 def _fault(tried: RowsLoss, rows: Sequence[Encoded], plain: float) -> str | None:

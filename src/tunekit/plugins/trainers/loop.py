@@ -76,6 +76,8 @@ def fit(
     if pieces := sharded.in_pieces(model):
         run.note(sharded.share_of(model))
     summed_loss = _summed_loss(sft, model, tokenizer, train, order.of_step(1), so_far.kept_bytes, run, context)
+    if summed_loss.apart:
+        so_far.limits = attrs.evolve(so_far.limits, rows=1)
     if sft.cache_frozen_layers:
         if pieces:
             raise NotSupported("cache_frozen_layers: the model is cut among processes; leave that out")
@@ -152,7 +154,7 @@ def fit(
             stop, due = next((by for by, _ in asks if by), None), asks[0][1]
             last = step in (steps, so_far.stopped_at)
             if ((due or is_best) and not last) or stop:
-                way = {name: getattr(summed_loss, name) for name in rows_loss.WAYS}
+                way = {name: getattr(summed_loss, name) for name in rows_loss.SETTLED}
                 state = {"optimizer": optimizer.state_dict(), "so_far": attrs.asdict(so_far), "loss": way}
                 beside = sft.background_saving
                 run.save(step, model, state, sft.keep, so_far.best_step, background=beside)
@@ -189,7 +191,7 @@ def _summed_loss(
     if run.resumed:
         way = run.resumed.state["trainer"]["loss"]
         allowed = {"padding_free": sft.padding_free, "chunked": sft.chunked_loss, "shared": sft.shared_prefix}
-        allowed |= {"lean": lean, "compiled": compiling}
+        allowed |= {"lean": lean, "compiled": compiling, "apart": True}
         way = {name: bool(value and allowed[name]) for name, value in way.items()}
         return RowsLoss(model=model, pad_id=fill, device=context.device, kept_bytes=kept_bytes, **way)
     found = rows_loss.choose(
