@@ -139,6 +139,18 @@ def test_a_few_logits_are_looked_at_at_a_time(model, tokenizer, rows, monkeypatc
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_in_bfloat16_the_likelihood_is_that_of_exact_arithmetic_within_its_rounding(
+    model, tokenizer, rows, batch_tokens, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", batch_tokens)
+    model.bfloat16()
+    found = Perplexity().evaluate(model, tokenizer, rows, CONTEXT)["nll"]
+    losses, _ = one_by_one(model.double(), rows)
+    # Of logits that are rounded by 2**-9 in the mean, and to either side: over 50 tokens little of it is left.
+    assert found == pytest.approx(sum(losses) / len(losses), rel=2**-9)
+
+
 def test_a_mean_of_row_means_would_be_another_number(model, rows):
     means = [sum(losses) / len(losses) for losses in (one_by_one(model, [row])[0] for row in rows)]
     losses = one_by_one(model, rows)[0]

@@ -18,7 +18,12 @@ from tunekit.testing import tiny_model, tiny_tokenizer
 from tunekit.testing.tiny import CHATML
 
 ROWS = [{"prompt": f"repeat {n}", "completion": f"{n} {n}"} for n in range(6)]
-METHODS = {"lora": tk.LoRA(rank=2), "ia3": tk.IA3(), "last-layers": tk.LastLayers(count=1)}
+METHODS = {
+    "lora": {"adapter": tk.LoRA(rank=2)},
+    "ia3": {"adapter": tk.IA3()},
+    "last-layers": {"adapter": tk.LastLayers(count=1)},
+    "lora over bfloat16": {"adapter": tk.LoRA(rank=2), "dtype": "bfloat16"},
+}
 
 
 def make(model, adapter, **changes):
@@ -33,7 +38,7 @@ def saved(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     tiny_model().save_pretrained(place / "base")
     tiny_tokenizer().save_pretrained(place / "base")
-    make(place / "base", METHODS[request.param]).run(place / "run")
+    make(place / "base", **METHODS[request.param]).run(place / "run")
     return place
 
 

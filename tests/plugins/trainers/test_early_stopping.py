@@ -110,10 +110,12 @@ def test_a_resumed_run_stops_where_it_would_have_and_never_goes_on(tmp_path):
     assert (found.steps, steps) == (7, [])
 
 
-def test_the_tuned_model_is_that_of_the_best_evaluation_to_the_last_bit_resumed_as_well(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tuned_model_is_that_of_the_best_evaluation_to_the_last_bit_resumed_as_well(tmp_path, dtype):
     trainer = tk.SFT(**BEST, patience=2, save_every=1, keep=20, restore_best=True)
-    curve, model = nlls(3.0, 1.0, 2.0, 2.0), tiny_model()
-    whole, parameters, steps = fit(trainer, tmp_path / "whole", curve, model=model)
+    curve, held = nlls(3.0, 1.0, 2.0, 2.0), getattr(torch, dtype)
+    model = tiny_model().to(held)
+    whole, parameters, steps = fit(trainer, tmp_path / "whole", curve, model=model, dtype=dtype)
     assert (steps[-1], whole.steps, whole.metrics["best_step"]) == (8, 8, 4)
     assert whole.notes["restored"] == "the tuned model is that of step 4, with the best nll, 1"
     assert whole.notes["restored"] in (tmp_path / "whole/log.txt").read_text()
@@ -133,9 +135,9 @@ def test_the_tuned_model_is_that_of_the_best_evaluation_to_the_last_bit_resumed_
         resumed = newest(place / "checkpoints")
         if steps == [7]:
             with pytest.raises(tk.TrainingError, match="step-000004 is not as it was written, or not there"):
-                fit(trainer, place, curve, resumed)
+                fit(trainer, place, curve, resumed, model=tiny_model().to(held), dtype=dtype)
         else:
-            found, again, _ = fit(trainer, place, curve, resumed)
+            found, again, _ = fit(trainer, place, curve, resumed, model=tiny_model().to(held), dtype=dtype)
             assert (found, again) == (whole, parameters), steps
 
 
