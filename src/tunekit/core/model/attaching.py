@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
+
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod
 from tunekit.core.model import masters
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 WORDS = {"bfloat16": "bfloat16", "float16": "half"}
 """What torch calls a dtype in its errors, in small letters."""
+MANY = 10**6
+"""Steps enough for any schedule where none are planned, since a finished run is opened: AdaLoRA is not attached for 0."""
 
 
 def attach(method: AdapterMethod, base: PreTrainedModel, context: Context) -> nn.Module:
@@ -37,7 +41,8 @@ def load(method: AdapterMethod, base: PreTrainedModel, directory: Path, context:
     if any(parameter.is_floating_point() and parameter.dtype.itemsize < 4 for parameter in base.parameters()):
         bare = empty(base)
         names = {id(parameter): name for name, parameter in bare.named_parameters()}
-        trained = [parameter for parameter in method.attach(bare, context).parameters() if parameter.requires_grad]
+        planned = attrs.evolve(context, total_steps=context.total_steps or MANY)
+        trained = [parameter for parameter in method.attach(bare, planned).parameters() if parameter.requires_grad]
         here = dict(base.named_parameters())
         widened = masters.widen(here[names[id(parameter)]] for parameter in trained if id(parameter) in names)
     model = method.load(base, directory)

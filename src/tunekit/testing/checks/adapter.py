@@ -150,7 +150,7 @@ def checkpointing_keeps_gradients(adapter: AdapterMethod, harness: Harness) -> N
 
 
 def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
-    """Over a bfloat16 base it trains and predicts in bfloat16; what it adds is float32, and in a run all it trains."""
+    """Over a bfloat16 base it trains and predicts in bfloat16, in float32 what it trains; the rest stays to the bit."""
     import torch
 
     over = attrs.evolve(harness, dtype="bfloat16")
@@ -166,6 +166,7 @@ def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
     masters.train_in_float32(model)  # as a run does, with weights of the base
     coarse = [name for name, parameter in trained_parameters(model).items() if parameter.dtype != torch.float32]
     assert not coarse, f"over a bfloat16 base {coarse[:3]} cannot be trained in float32: train plain floating numbers"
+    at_start = copies(frozen(model))
     try:
         train(adapter, model, batch, 2)
         found = logits(model, batch)
@@ -173,6 +174,8 @@ def trains_in_bfloat16(adapter: AdapterMethod, harness: Harness) -> None:
         raise AssertionError(
             f"over a bfloat16 base it fails ({error}): return activations in the dtype of those it is given"
         ) from error
+    moved = changed(at_start, frozen(model))
+    assert not moved, f"over a bfloat16 base {moved[:3]} are not trainable and changed: never write into base weights"
     assert found.dtype == torch.bfloat16, f"over a bfloat16 base its logits are {found.dtype}: return the base's dtype"
     assert found.isfinite().all(), "over a bfloat16 base its logits are not finite after two steps"
 
