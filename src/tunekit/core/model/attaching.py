@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORDS = {"bfloat16": "bfloat16", "float16": "half"}
 """What torch calls a dtype in its errors, in small letters."""
 MANY = 10**6
-"""Steps enough for any schedule where none are planned, since a finished run is opened: AdaLoRA is not attached for 0."""
+"""Steps enough for any schedule, where none are planned since a finished run is opened: AdaLoRA needs some."""
 
 
 def attach(method: AdapterMethod, base: PreTrainedModel, context: Context) -> nn.Module:
