@@ -30,7 +30,8 @@ demo: $(VENV)/.demo
 # Bytecode is written whatever the environment says: the suite starts some fifty processes.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" --ignore tests/simulated_cuda
+	SIMULATED_CUDA=2 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/simulated_cuda
 
 test-all: export PYTHONDONTWRITEBYTECODE :=
 test-all: lint $(ALL)/.ready
@@ -42,6 +43,7 @@ test-floors test-newest: test-%:
 test-sim: export PYTHONDONTWRITEBYTECODE :=
 test-sim: $(VENV)/.test
 	SIMULATED_CUDA=2 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/simulated_cuda
+	SIMULATED_CUDA=1 $(BIN)/python -m pytest -q -m gpu tests/core/training tests/plugins/quantizers tests/plugins/trainers/test_micro_batches.py
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -20,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What is computed does not depend on the processor: not in fixtures of a module, and not in processes that are started.
 os.environ["TUNEKIT_CPU_DTYPE"] = "float32"
+# Nor does it depend on whether there is a GPU, but for tests that are marked `gpu`.
+os.environ["TUNEKIT_DEVICE"] = "cpu"
 
 no_simulated_device = ""
 if os.environ.get("SIMULATED_CUDA"):  # how many GPUs; they must be there before torch is imported
@@ -71,6 +73,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of encoded rows for the tests alone, also for the processes they start."""
     os.environ["TUNEKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return Path(os.environ["TUNEKIT_CACHE"])
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `gpu` take the device that users do: CUDA where none is named."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.delenv("TUNEKIT_DEVICE")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from tunekit.errors import ConfigError
 
+VARIABLE = "TUNEKIT_DEVICE"
+"""Names the device where `Pipeline.device` leaves it open: what a machine's GPUs are not to be taken for says "cpu"."""
 
-def check(device: str | None) -> None:
-    """Raise ConfigError for a device of a name that there is not; imports no torch."""
+
+def check(device: str | None, where: str = "Pipeline.device") -> None:
+    """Raise ConfigError, naming `where` it was said, for a device that cannot be; imports no torch."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device or "cpu"):
-        raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {device!r}", "Pipeline.device")
+        raise ConfigError(f"must be 'cpu', 'cuda' or 'cuda:1', got {device!r}", where)
 
 
 def choose(device: str | None, before: str | None = None) -> str:
-    """The device to use: the user's; else that of the run gone on with; else "cuda" where there is one, else "cpu".
+    """The device to use: the user's, by `device` or by `TUNEKIT_DEVICE`; else what there is.
+
+    That is the kind of the run gone on with, else "cuda" where there is one, else "cpu".
 
     Args:
         device: what the user asks for.
@@ -25,8 +31,9 @@ def choose(device: str | None, before: str | None = None) -> str:
     """
     import torch
 
-    there = torch.cuda.is_available()
-    chosen = device or ("cuda" if there and before != "cpu" else "cpu")
+    there, named = torch.cuda.is_available(), os.environ.get(VARIABLE) or None
+    check(named, VARIABLE)
+    chosen = device or named or ("cuda" if there and before != "cpu" else "cpu")
     if chosen.startswith("cuda") and not there:
         raise ConfigError(f"{chosen!r} was asked for, but torch sees no CUDA device", "Pipeline.device")
     return chosen
