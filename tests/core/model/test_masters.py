@@ -8,8 +8,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tunekit as tk
+from tunekit.core.lean.trial import stirred
 from tunekit.core.model import masters
-from tunekit.core.training import compiled, head_loss
+from tunekit.core.training import accuracy, compiled, head_loss
+from tunekit.core.training.float64 import in_float64
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.plugins.trainers.recomputing import activations_computed_again
 from tunekit.testing import tiny_model
@@ -228,3 +230,26 @@ def test_a_head_in_chunks_multiplies_with_one_copy_and_adds_its_gradient_up_in_f
     assert dtypes == {torch.bfloat16}
     assert (found - exact).norm() <= 1.05 * (whole - exact).norm()
     assert (found - exact).norm() <= 2**-6 * exact.norm()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_truth_in_float64_is_that_of_the_rounded_weights(part):
+    """By which the ways to a loss are judged, with weights moved from where they start."""
+    model, twin = held("llama", part), half("llama", part)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with stirred(wanted):
+        with torch.no_grad():
+            for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+                its.copy_(mine)
+        twin.double()
+        expected = torch.autograd.grad(loss_in_full(twin), [p for p in twin.parameters() if p.requires_grad])
+        with in_float64(model):
+            found = torch.autograd.grad(loss_in_full(model), wanted)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 1e-6 * other.norm()
+    assert accuracy.rounding(model) == torch.finfo(torch.bfloat16).eps
+
+
+def loss_in_full(model):
+    logits = model(IDS, use_cache=False).logits[:, :-1].double()
+    return cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())

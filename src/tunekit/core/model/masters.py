@@ -68,7 +68,12 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
 
 def are_in(model: nn.Module) -> bool:
     """Whether any of its modules sees parameters rounded."""
-    return any(SEEN in vars(module) for module in model.modules())
+    return bool(parameters_of(model))
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Those that modules of `model` see rounded."""
+    return [module._parameters[name] for module in model.modules() for name in vars(module).get(SEEN, ())]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import attrs
 from tunekit.core.evaluation.predicting import dropping_nothing
 from tunekit.core.interfaces import Encoded
 from tunekit.core.lean.trial import stirred, training
+from tunekit.core.model.masters import computing_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,7 +122,7 @@ def rounding(model: nn.Module) -> float:
     """The distance of 1 from the next number, in the dtype that `model` computes in."""
     import torch
 
-    return float(torch.finfo(next(one.dtype for one in model.parameters() if one.is_floating_point())).eps)
+    return float(torch.finfo(computing_dtype(model)).eps)
 
 
 def worst(found: Found, plain: Found, true: Found, rounding: float) -> Error:

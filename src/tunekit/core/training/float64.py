@@ -3,7 +3,7 @@
 Only ever imported from inside of methods, since it imports torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunekit.core.lean.frozen import dequantized, is_quantized
+from tunekit.core.model import masters
 from tunekit.errors import NotSupported
 
 ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,8 +29,8 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 
     No second model is made: a weight is cast for the one operation that needs it, so that this takes as much memory as
     the largest weight in float64, and activations of up to four times the size. Quantized weights are those that the
-    layer multiplies with, rounded to the dtype in which it does. What is trained keeps its dtype, and its gradient may
-    be rounded to that.
+    layer multiplies with, rounded to the dtype in which it does, and master weights are rounded as they are there. What
+    is trained keeps its dtype, and its gradient may be rounded to that.
 
     Raises NotSupported for one of which each process has pieces.
     """
@@ -39,7 +40,7 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     for module in quantized:
         module.forward = _Dequantized(module)
     try:
-        with _Float64(), _Convolutions():
+        with _Float64(masters.parameters_of(model)), _Convolutions():
             yield
     finally:
         for module in quantized:
@@ -47,7 +48,15 @@ def in_float64(model: nn.Module) -> Iterator[None]:
 
 
 class _Float64(TorchDispatchMode):  # type: ignore[misc]
-    """Computes every operation of torch in float64; a cast to fewer bits is none."""
+    """Computes every operation of torch in float64; a cast to fewer bits is none.
+
+    Args:
+        rounded: parameters that are rounded all the same.
+    """
+
+    def __init__(self, rounded: Collection[Any]) -> None:
+        super().__init__()
+        self.rounded = {id(parameter) for parameter in rounded}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -56,7 +65,10 @@ class _Float64(TorchDispatchMode):  # type: ignore[misc]
         if function is torch.ops.aten._grouped_mm.default:
             return _grouped_product(*_cast(args, torch.float64))
         written, cast = _what_it_does(function)
-        if given.get("dtype") in ROUNDED and not (function is torch.ops.aten._to_copy.default and _in_backward()):
+        copies = function is torch.ops.aten._to_copy.default
+        if copies and given.get("dtype") in ROUNDED and id(args[0]) in self.rounded:
+            return function(*args, **given).double()
+        if given.get("dtype") in ROUNDED and not (copies and _in_backward()):
             given["dtype"] = torch.float64
         if not cast:
             return function(*args, **(kwargs or {}) if function.namespace != "aten" else given)
