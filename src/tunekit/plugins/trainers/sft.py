@@ -42,7 +42,8 @@ class SFT(Trainer):
         learning_rate: the highest, reached after the warm-up; None takes the adapter method's own.
         schedule: how the learning rate falls: "cosine", "linear", "constant" or "inverse-sqrt".
         warmup: share of the steps over which the learning rate rises from 0.
-        optimizer: "adamw", "adamw-8bit" (bitsandbytes), "adafactor" or "sgd".
+        optimizer: "adamw", "adamw-8bit" (bitsandbytes), "adafactor" or "sgd". On a GPU, a step waits for it once; with
+            torch's "adafactor" twice more for each tensor that is trained, with "adamw-8bit" once more.
         weight_decay: decay of matrices per step, times the learning rate; vectors (biases, norms) are left alone.
         max_grad_norm: longer gradients are scaled down to this length; `float("inf")` for never.
         batch_size: rows an optimizer step learns from, over all processes.
