@@ -22,6 +22,7 @@ ORDER = [
     "core.common.free_memory",
     "core.common.threads",
     "core.common.random_states",
+    "core.common.fixed_order",
     "core.fields",
     "core.common.secrets",
     "core.common.intervals",
@@ -151,6 +152,7 @@ ORDER = [
     "core.run.run_report",
     "core.run.result",
     # where all meet
+    "core.run.compared",
     "core.run.verification",
     "core.run.verify",
     "core.remote.job",

@@ -20,6 +20,9 @@ ROWS, LOOKED_AT, TOKENS = 4, 32, 64
 STEPS = 4
 """Optimizer steps that are taken; a checkpoint is written after the second."""
 
+Measured = tuple[float, float]
+"""An error, and the bound that it is to keep to."""
+
 
 @attrs.frozen(kw_only=True)
 class VerifiedLine:
@@ -28,8 +31,9 @@ class VerifiedLine:
     Args:
         check: what was compared.
         status: "pass", "fail", or "n/a" where there is nothing to compare.
-        difference: the largest, relative to the largest of the numbers; of tensors that may not move, how many did.
-        bound: up to where it is rounding alone.
+        difference: the error against float64 that comes closest to its bound, relative to the size of the numbers; of
+            tensors that may not move, how many did.
+        bound: up to where it is as accurate as the plain way.
         reason: why it could not be measured; empty where it was.
     """
 
@@ -95,14 +99,14 @@ def _cut(row: Encoded, limit: int) -> Encoded:
     return {name: list(values[start : start + limit]) for name, values in row.items()}
 
 
-def line(check: str, bound: float, measure: Callable[[], float]) -> VerifiedLine:
-    """The line of what `measure` returns: how far two ways to the same numbers are apart."""
+def line(check: str, measure: Callable[[], Measured]) -> VerifiedLine:
+    """The line of what `measure` returns: an error, and the bound that it is to keep to."""
     try:
-        difference = measure()
+        difference, bound = measure()
     except NotSupported as error:
         return VerifiedLine(check=check, status="n/a", reason=str(error))
     except Exception as error:  # whatever a component does wrong is what this line tells
-        return VerifiedLine(check=check, status="fail", bound=bound, reason=f"{type(error).__name__}: {error}")
+        return VerifiedLine(check=check, status="fail", reason=f"{type(error).__name__}: {error}")
     return VerifiedLine(
         check=check, status="pass" if difference <= bound else "fail", difference=difference, bound=bound
     )

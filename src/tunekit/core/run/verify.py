@@ -1,6 +1,7 @@
 """The numerics of a pipeline, tried on its own model and a few of its rows: what `Pipeline.verify` does.
 
-Two ways to one number are compared each time, by how much they differ. A line that fails stops no other.
+Two ways to the same numbers are compared each time, by the error of each against float64: the one that is asked about
+may hardly be further from it than the plain one. A line that fails stops no other.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tunekit.core.common.fixed_order import in_fixed_order
 from tunekit.core.common.random_states import random_states_kept, seed_everything
 from tunekit.core.component import Context
 from tunekit.core.data.batching import collate
 from tunekit.core.data.codec import Codec
-from tunekit.core.evaluation.predicting import evaluating, pad_id, trying
+from tunekit.core.evaluation.predicting import pad_id, trying
 from tunekit.core.interfaces import AdapterMethod, Encoded, Quantizer, Trainer
-from tunekit.core.lean.trial import stirred
 from tunekit.core.model import attaching
 from tunekit.core.model.dequantize import empty
 from tunekit.core.model.plain import plain, where
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
 from tunekit.core.run.checkpoint import Checkpoint, checksum, trained_parameters
+from tunekit.core.run.compared import Accuracy, apart, away, logits
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
-from tunekit.core.run.verification import Verification, VerifiedLine, known, line
+from tunekit.core.run.verification import Measured, Verification, VerifiedLine, known, line
 from tunekit.core.training import rows_loss
+from tunekit.core.training.accuracy import Error, Found, Measure, rounding, trained, worst
 from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported
@@ -39,9 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-BOUNDS = {"logits": (1e-5, 1e-2), "gradients": (1e-4, 5e-2), "merged": (1e-4, 1e-4)}
-"""Relative differences that are rounding alone: of float32, and of bfloat16 and float16. Merging is in float32."""
-
+LOOKED_AT = 1 << 28
+"""Numbers that are trained and whose gradients are compared, at most: 1 GiB of them each time."""
 WAYS = {
     "padding_free": ("padding_free", ""),
     "chunked": ("chunked_loss", ""),
@@ -75,44 +77,49 @@ class Bench:
     load: Callable[[], PreTrainedModel]
     place: Path = Path()
     _ended: dict[str, Any] | None = attrs.field(default=None, init=False)
+    _changed: bool = attrs.field(default=False, init=False)  # whether the method puts something else into the base
 
     def verification(self) -> Verification:
         """Every line; random states are afterwards as they were, and nothing is left on the disk."""
-        with random_states_kept(), tempfile.TemporaryDirectory(prefix="tunekit-verify-") as place:
+        directory = tempfile.TemporaryDirectory(prefix="tunekit-verify-")
+        with random_states_kept(), in_fixed_order(self.context.device), directory as place:
             self.place = Path(place)
             _ = self._fresh  # what keeps a run from starting is raised here, too
             return Verification(lines=tuple(self._lines()))
 
     def _lines(self) -> Iterator[VerifiedLine]:
-        half = self.context.dtype != "float32"
-        logits, gradients, merged = (pair[half] for pair in BOUNDS.values())
-        yield line("start == base", logits, self._start)
-        yield line("accumulation 1xN == Nx1", gradients, self._accumulation)
-        yield line("padding-free == padded", gradients, partial(self._way, "padding_free"))
-        yield line("chunked loss == plain loss", gradients, partial(self._way, "chunked"))
-        yield line("shared prefix == each its own", gradients, partial(self._way, "shared"))
-        yield line("lean forwards == usual ones", gradients, partial(self._way, "lean"))
-        yield line("base untouched", 0, self._base_untouched)
-        yield line("saved == loaded", logits, self._saved)
-        yield line("merged == live", merged, self._merged)
-        yield line("resumed == uninterrupted", 0, self._resumed)
+        yield line("start == base", self._start)
+        yield line("accumulation 1xN == Nx1", self._accumulation)
+        yield line("padding-free == padded", partial(self._way, "padding_free"))
+        yield line("chunked loss == plain loss", partial(self._way, "chunked"))
+        yield line("shared prefix == each its own", partial(self._way, "shared"))
+        yield line("lean forwards == usual ones", partial(self._way, "lean"))
+        yield line("base untouched", self._base_untouched)
+        yield line("saved == loaded", self._saved)
+        yield line("merged == live", self._merged)
+        yield line("resumed == uninterrupted", self._resumed)
 
     # What is measured -------------------------------------------------------------------------------------------------
 
-    def _start(self) -> float:
+    def _start(self) -> Measured:
         if not self.adapter.starts_as_base:
             raise NotSupported(f"{self.adapter.name} does not start as its base")
-        model, base_logits = self._fresh
-        return _away(self._logits(model), base_logits)
+        model, before = self._fresh
+        return away(self._logits(model), before.logits), before.bound(self._changed)
 
-    def _accumulation(self) -> float:
+    def _accumulation(self) -> Measured:
         names = [field.name for field in attrs.fields(type(self.trainer))]
         if "micro_batch_size" not in names:
             raise NotSupported(f"{self.trainer.name} has no micro_batch_size")
+        model, _ = self._fresh
         whole, split = (self._gradients_of_a_step(size) for size in (len(self.rows), 1))
-        return max(_away(split[name], whole[name], whole.values()) for name in whole)
+        from tunekit.core.training.float64 import in_float64
 
-    def _way(self, way: str) -> float:
+        with in_float64(model):
+            true = self._gradients_of_a_step(len(self.rows))
+        return _of(worst(split, whole, true, rounding(model)))
+
+    def _way(self, way: str) -> Measured:
         """The loss and its gradients the quick way and the plain one, with an adapter that is not as it started."""
         asked, otherwise = WAYS[way]
         if not getattr(self.trainer, asked, False):
@@ -124,22 +131,20 @@ class Bench:
         chosen = rows_loss.choose(model, self.rows, fill, device, **wanted, sharing=alike)
         if not getattr(chosen, way):
             raise NotSupported(f"the run does not use it: {next(iter(chosen.notes), otherwise)}")
-        plain = RowsLoss(model=model, pad_id=fill, device=device)
-        with stirred(list(trained_parameters(model).values())):
-            (loss, slopes), (usual, expected) = (self._loss_and_gradients(found) for found in (chosen, plain))
-        gradients = [_away(slopes[name], expected[name], expected.values()) for name in expected]
-        return max(_away(loss, usual), *gradients)
+        measure = self._measure
+        with chosen.training():
+            return _of(measure.worst(partial(chosen, model, self.rows)))
 
-    def _base_untouched(self) -> float:
-        return float(self._trained["moved"])
+    def _base_untouched(self) -> Measured:
+        return float(self._trained["moved"]), 0
 
-    def _saved(self) -> float:
+    def _saved(self) -> Measured:
         if "unsaved" in self._trained:
             raise self._trained["unsaved"]
         loaded = attaching.load(self.adapter, self.load(), self._adapter, self.context)
-        return _away(self._logits(loaded), self._trained["logits"])
+        return away(self._logits(loaded), self._trained["accuracy"].logits), self._bound
 
-    def _merged(self) -> float:
+    def _merged(self) -> Measured:
         if "unsaved" in self._trained:
             raise NotSupported("it could not be saved")
         base = self.load()
@@ -147,10 +152,11 @@ class Bench:
         base = plain(base, self.quantizer, device)
         live = attaching.load(self.adapter, base, self._adapter, self.context).eval()
         before = self._logits(live)
+        accuracy = Accuracy.of(before, self._logits(live, rounded=True), rounding(live))
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
-        return _away(self._logits(merged), before)
+        return away(self._logits(merged), before), accuracy.bound(in_its_dtype=True)
 
-    def _resumed(self) -> float:
+    def _resumed(self) -> Measured:
         stored: Checkpoint | None = self._trained["checkpoint"]
         if stored is None:
             raise NotSupported(f"{self.trainer.name} wrote no checkpoint to go on from")
@@ -160,51 +166,53 @@ class Bench:
         seed_everything(self.context.seed + 1)  # what it draws from is the checkpoint's
         self._fit(model, self.place / "resumed", resumed=stored)
         ended: Mapping[str, Tensor] = self._trained["parameters"]
-        return max(_away(value, ended[name], absolute=True) for name, value in trained_parameters(model).items())
+        return max(apart(value, ended[name]) for name, value in trained_parameters(model).items()), 0
 
     # How --------------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _fresh(self) -> tuple[nn.Module, Tensor]:
-        """The method on its base, for all lines that leave it as it was before the first step; the base's logits."""
+    def _fresh(self) -> tuple[nn.Module, Accuracy]:
+        """The method on its base, for all lines that leave it as it was before the first step; the base before."""
         base = self.load()
-        base_logits = self._logits(base)
-        return self._attached(base), base_logits
+        before = Accuracy.of(self._logits(base), self._logits(base, rounded=True), rounding(base))
+        weights = {name: (value, checksum(value)) for name, value in base.named_parameters()}
+        model = self._attached(base)
+        self._changed = any(checksum(value) != was for value, was in weights.values())
+        return model, before
+
+    @cached_property
+    def _measure(self) -> Measure:
+        """The plain way to the loss of all rows, and the truth."""
+        model, _ = self._fresh
+        plain = RowsLoss(model=model, pad_id=pad_id(self.codec.tokenizer), device=self.context.device)
+        return Measure.of(model, partial(plain, model, self.rows), trained(model.named_parameters(), LOOKED_AT))
 
     def _attached(self, base: PreTrainedModel) -> nn.Module:
         seed_everything(self.context.seed)
         return attaching.attach(self.adapter, base, self.context)
 
-    def _logits(self, model: nn.Module) -> Tensor:
-        """What it predicts for the rows, (rows, time, vocabulary) in float32, padding set to zero."""
+    def _logits(self, model: nn.Module, rounded: bool = False) -> Tensor:
+        """What it predicts for the rows; see `logits`."""
         batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
         batch.pop("labels")
-        with evaluating(model):
-            found: Tensor = model(**batch, use_cache=False).logits.float() * batch["attention_mask"][:, :, None]
-        return found
+        return logits(model, batch, rounded)
 
-    def _loss_and_gradients(self, way: RowsLoss) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of all rows and its gradients, without dropout."""
-        model = way.model
-        model.eval()
-        with way.training():
-            loss = way(model, self.rows)
-            loss.backward()
-        return loss.detach(), _take_gradients(model)
-
-    def _gradients_of_a_step(self, size: int) -> dict[str, Tensor]:
+    def _gradients_of_a_step(self, size: int) -> Found:
         """Those of the trainer's first step on all rows, so many of them in one forward pass, without dropout."""
         found: dict[str, Tensor] = {}
 
         def after_step(model: nn.Module, step: int) -> None:
-            found.update(_take_gradients(model))
+            found.update(
+                {n: p.grad.detach().clone() for n, p in trained_parameters(model).items() if p.grad is not None}
+            )
             raise _EnoughError
 
         model, _ = self._fresh
         one = {"micro_batch_size": size, "batch_size": len(self.rows), "max_grad_norm": float("inf")}
-        with trying(model):
-            self._fit(model, self.place / f"of-{size}", after_step=after_step, changes=one)
-        return found
+        with trying(model), tempfile.TemporaryDirectory(dir=self.place) as place:
+            self._fit(model, Path(place) / "run", after_step=after_step, changes=one)
+        model.zero_grad(set_to_none=True)
+        return Found(0.0, found)
 
     @property
     def _trained(self) -> Mapping[str, Any]:
@@ -218,7 +226,8 @@ class Bench:
 
     def _train(self) -> dict[str, Any]:
         """A few steps: the logits, parameters and checkpoint they end with, and what they left in the base."""
-        self.__dict__.pop("_fresh", None)  # one model at a time
+        for name in ("_fresh", "_measure"):
+            self.__dict__.pop(name, None)  # one model at a time
         base = self.load()
         weights = dict(base.named_parameters())
         model = self._attached(base)
@@ -226,9 +235,10 @@ class Bench:
         before = self._logits(model)
         self._fit(model, self.place / "trained")
         stored = checkpoint.newest(self.place / "trained" / files.CHECKPOINTS)
+        ended = Accuracy.of(self._logits(model), self._logits(model, rounded=True), rounding(model))
         found = {
-            "logits": self._logits(model),
-            "learned": _away(self._logits(model), before),
+            "accuracy": ended,
+            "learned": away(ended.logits, before),
             "parameters": {name: value.detach().clone() for name, value in trained_parameters(model).items()},
             "checkpoint": stored if stored and stored.step < self.context.total_steps else None,
             "moved": sum(checksum(weights[name]) != was for name, was in kept.items()),
@@ -242,10 +252,16 @@ class Bench:
         return found
 
     @property
+    def _bound(self) -> float:
+        """How far logits after the steps may be from these."""
+        accuracy: Accuracy = self._trained["accuracy"]
+        return accuracy.bound(self._changed)
+
+    @property
     def _adapter(self) -> Path:
         """The saved adapter; NotSupported if the steps left no mark by which it could be told from another."""
         learned = self._trained["learned"]
-        if learned <= BOUNDS["logits"][self.context.dtype != "float32"]:
+        if learned <= self._bound:
             raise NotSupported(f"the steps moved the logits by {learned:.2g}: too little to compare")
         return self.place / "adapter"
 
@@ -279,17 +295,5 @@ class _EnoughError(Exception):
     """Ends a fit whose first step is all that is looked at."""
 
 
-def _away(found: Tensor, expected: Tensor, all_expected: Any = None, absolute: bool = False) -> float:
-    """The largest difference of two tensors, relative to the largest number expected, here or in `all_expected`."""
-    if found.shape != expected.shape:
-        return float("inf")
-    away = float((found.detach().float() - expected.detach().float()).abs().max())
-    largest = max(float(value.detach().abs().max()) for value in (all_expected or [expected]))
-    return away if absolute else away / max(largest, 1e-12)
-
-
-def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of what is trained, by name, taken off the model."""
-    found = {n: p.grad.detach().clone() for n, p in trained_parameters(model).items() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
+def _of(error: Error) -> Measured:
+    return error.error, error.bound

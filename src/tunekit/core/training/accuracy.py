@@ -137,7 +137,7 @@ def worst(found: Found, plain: Found, true: Found, rounding: float) -> Error:
     lengths = {name: float(gradient.double().norm()) for name, gradient in true.gradients.items()}
     whole = max(_together(lengths.values()), TINY)
     off, plainly = _errors(found, true), _errors(plain, true)
-    level = max(_together(plainly.values()) / whole, rounding)
+    level = max(_together(plainly.values()) / whole, rounding / 4)  # no less than the last rounding of each number
     errors = [Error("the gradient", _together(off.values()) / whole, level, WHOLE * level)]
     for name, length in lengths.items():
         # Little beside the whole gradient, it counts as long as if it had its share: what is left of larger numbers
