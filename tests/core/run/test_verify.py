@@ -194,6 +194,22 @@ class CountsInSecret(tk.LoRA):
             next(p for p in model.parameters() if p.requires_grad).mul_(1 + 0.01 * model.seen)
 
 
+@attrs.frozen(kw_only=True)
+class KnowsNoFloat64(tk.LoRA):
+    """Over a model with an operation of somebody's own."""
+
+    name = "knows-no-float64"
+
+    def attach(self, model, context):
+        model.get_input_embeddings().register_forward_hook(self.only_float32)
+        return super().attach(model, context)
+
+    @staticmethod
+    def only_float32(module, inputs, output):
+        if (output + 0.0).dtype is torch.float64:
+            raise TypeError("only float32")
+
+
 class MeanOfMeans(RowsLoss):
     """The mean over the tokens of each forward pass."""
 
@@ -293,6 +309,15 @@ def test_a_line_that_cannot_be_measured_fails_with_the_reason_and_raises_nothing
 
 
 # What it leaves ------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_computed_in_float64_says_so_and_the_rest_is_compared(tiny_directory):
+    report = make(tiny_directory, KnowsNoFloat64(rank=4)).verify()
+    compared = {"base untouched", "resumed == uninterrupted"}
+    assert {check for check, status in statuses(report).items() if status == "pass"} == compared
+    others = [line for line in report.lines if line.check not in compared]
+    assert {line.status for line in others} == {"n/a"}
+    assert sum("in float64 it raises TypeError: only float32" in line.reason for line in others) >= 6
 
 
 def test_it_leaves_no_file_and_draws_from_no_random_state(tiny_directory, tmp_path, monkeypatch):

@@ -104,7 +104,8 @@ class Bench:
     def _start(self) -> Measured:
         if not self.adapter.starts_as_base:
             raise NotSupported(f"{self.adapter.name} does not start as its base")
-        model, before = self._fresh
+        model, measured = self._fresh
+        before = _known(measured)
         return away(self._logits(model), before.logits), before.bound(self._changed)
 
     def _accumulation(self) -> Measured:
@@ -142,7 +143,7 @@ class Bench:
         if "unsaved" in self._trained:
             raise self._trained["unsaved"]
         loaded = attaching.load(self.adapter, self.load(), self._adapter, self.context)
-        return away(self._logits(loaded), self._trained["accuracy"].logits), self._bound
+        return away(self._logits(loaded), _known(self._trained["accuracy"]).logits), self._bound
 
     def _merged(self) -> Measured:
         if "unsaved" in self._trained:
@@ -151,10 +152,9 @@ class Bench:
         device = where(sum(p.numel() for p in empty(base).parameters()), self.context.device)
         base = plain(base, self.quantizer, device)
         live = attaching.load(self.adapter, base, self._adapter, self.context).eval()
-        before = self._logits(live)
-        accuracy = Accuracy.of(before, self._logits(live, rounded=True), rounding(live))
+        before = _known(self._accuracy(live))
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
-        return away(self._logits(merged), before), accuracy.bound(in_its_dtype=True)
+        return away(self._logits(merged), before.logits), before.bound(in_its_dtype=True)
 
     def _resumed(self) -> Measured:
         stored: Checkpoint | None = self._trained["checkpoint"]
@@ -171,10 +171,10 @@ class Bench:
     # How --------------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _fresh(self) -> tuple[nn.Module, Accuracy]:
+    def _fresh(self) -> tuple[nn.Module, Accuracy | NotSupported]:
         """The method on its base, for all lines that leave it as it was before the first step; the base before."""
         base = self.load()
-        before = Accuracy.of(self._logits(base), self._logits(base, rounded=True), rounding(base))
+        before = self._accuracy(base)
         weights = {name: (value, checksum(value)) for name, value in base.named_parameters()}
         model = self._attached(base)
         self._changed = any(checksum(value) != was for value, was in weights.values())
@@ -196,6 +196,14 @@ class Bench:
         batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
         batch.pop("labels")
         return logits(model, batch, rounded)
+
+    def _accuracy(self, model: nn.Module) -> Accuracy | NotSupported:
+        """That of what it predicts; or why it has none in float64, if it has some in its own dtype."""
+        rounded = self._logits(model, rounded=True)
+        try:
+            return Accuracy.of(self._logits(model), rounded, rounding(model))
+        except NotSupported as error:
+            return error
 
     def _gradients_of_a_step(self, size: int) -> Found:
         """Those of the trainer's first step on all rows, so many of them in one forward pass, without dropout."""
@@ -232,13 +240,12 @@ class Bench:
         weights = dict(base.named_parameters())
         model = self._attached(base)
         kept = {name: checksum(value) for name, value in weights.items() if not value.requires_grad}
-        before = self._logits(model)
+        before = self._accuracy(model)
         self._fit(model, self.place / "trained")
         stored = checkpoint.newest(self.place / "trained" / files.CHECKPOINTS)
-        ended = Accuracy.of(self._logits(model), self._logits(model, rounded=True), rounding(model))
-        found = {
-            "accuracy": ended,
-            "learned": away(ended.logits, before),
+        found: dict[str, Any] = {
+            "before": before,
+            "accuracy": self._accuracy(model),
             "parameters": {name: value.detach().clone() for name, value in trained_parameters(model).items()},
             "checkpoint": stored if stored and stored.step < self.context.total_steps else None,
             "moved": sum(checksum(weights[name]) != was for name, was in kept.items()),
@@ -254,13 +261,13 @@ class Bench:
     @property
     def _bound(self) -> float:
         """How far logits after the steps may be from these."""
-        accuracy: Accuracy = self._trained["accuracy"]
-        return accuracy.bound(self._changed)
+        return _known(self._trained["accuracy"]).bound(self._changed)
 
     @property
     def _adapter(self) -> Path:
         """The saved adapter; NotSupported if the steps left no mark by which it could be told from another."""
-        learned = self._trained["learned"]
+        before, after = (_known(self._trained[name]) for name in ("before", "accuracy"))
+        learned = away(after.logits, before.logits)
         if learned <= self._bound:
             raise NotSupported(f"the steps moved the logits by {learned:.2g}: too little to compare")
         return self.place / "adapter"
@@ -293,6 +300,13 @@ class Bench:
 
 class _EnoughError(Exception):
     """Ends a fit whose first step is all that is looked at."""
+
+
+def _known(found: Accuracy | NotSupported) -> Accuracy:
+    """What was found; raises it where it is the reason why there is none."""
+    if isinstance(found, NotSupported):
+        raise found
+    return found
 
 
 def _of(error: Error) -> Measured:

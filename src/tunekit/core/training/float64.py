@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunekit.core.lean.frozen import dequantized, is_quantized
 from tunekit.core.model import masters
-from tunekit.errors import NotSupported
+from tunekit.errors import NotSupported, TunekitError
 
 ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes in whose place float64 is taken."""
@@ -32,7 +32,8 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     layer multiplies with, rounded to the dtype in which it does, and master weights are rounded as they are there. What
     is trained keeps its dtype, and its gradient may be rounded to that.
 
-    Raises NotSupported for one of which each process has pieces.
+    Raises NotSupported for one of which each process has pieces, and for one with operations that know no float64:
+    compute it as it is first, so that what fails anyway is not taken for that.
     """
     if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
         raise NotSupported("a model that is cut among processes is gathered in the dtype that it has")
@@ -42,6 +43,10 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     try:
         with _Float64(masters.parameters_of(model)), _Convolutions():
             yield
+    except TunekitError:
+        raise
+    except Exception as error:
+        raise NotSupported(f"in float64 it raises {type(error).__name__}: {error}") from error
     finally:
         for module in quantized:
             del module.forward
