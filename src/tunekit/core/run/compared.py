@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tunekit.core.evaluation.predicting import dropping_nothing, evaluating
-from tunekit.core.training.accuracy import WHOLE
+from tunekit.core.training.accuracy import WHOLE, rounding
+from tunekit.errors import NotSupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,6 +65,22 @@ class Accuracy:
         if in_its_dtype:
             return WHOLE * max(self.roundings * self.rounding, SEVERAL * FLOAT32)
         return WHOLE * max(self.roundings, SEVERAL) * FLOAT32
+
+
+def accuracy(model: nn.Module, batch: Mapping[str, Tensor]) -> Accuracy | NotSupported:
+    """That of what `model` predicts for `batch`; or why it has none in float64, if it has some in its own dtype."""
+    rounded = logits(model, batch, rounded=True)
+    try:
+        return Accuracy.of(logits(model, batch), rounded, rounding(model))
+    except NotSupported as error:
+        return error
+
+
+def measured(found: Accuracy | NotSupported) -> Accuracy:
+    """What was found; raises it where it is the reason why there is none."""
+    if isinstance(found, NotSupported):
+        raise found
+    return found
 
 
 def away(found: Tensor, expected: Tensor) -> float:

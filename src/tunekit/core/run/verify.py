@@ -28,7 +28,7 @@ from tunekit.core.model.plain import plain, where
 from tunekit.core.registry import Registry
 from tunekit.core.run import checkpoint, files
 from tunekit.core.run.checkpoint import Checkpoint, checksum, trained_parameters
-from tunekit.core.run.compared import Accuracy, apart, away, logits
+from tunekit.core.run.compared import Accuracy, accuracy, apart, away, logits, measured
 from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Measured, Verification, VerifiedLine, known, line
@@ -104,8 +104,8 @@ class Bench:
     def _start(self) -> Measured:
         if not self.adapter.starts_as_base:
             raise NotSupported(f"{self.adapter.name} does not start as its base")
-        model, measured = self._fresh
-        before = _known(measured)
+        model, found = self._fresh
+        before = measured(found)
         return away(self._logits(model), before.logits), before.bound(self._changed)
 
     def _accumulation(self) -> Measured:
@@ -143,7 +143,7 @@ class Bench:
         if "unsaved" in self._trained:
             raise self._trained["unsaved"]
         loaded = attaching.load(self.adapter, self.load(), self._adapter, self.context)
-        return away(self._logits(loaded), _known(self._trained["accuracy"]).logits), self._bound
+        return away(self._logits(loaded), measured(self._trained["accuracy"]).logits), self._bound
 
     def _merged(self) -> Measured:
         if "unsaved" in self._trained:
@@ -152,7 +152,7 @@ class Bench:
         device = where(sum(p.numel() for p in empty(base).parameters()), self.context.device)
         base = plain(base, self.quantizer, device)
         live = attaching.load(self.adapter, base, self._adapter, self.context).eval()
-        before = _known(self._accuracy(live))
+        before = measured(self._accuracy(live))
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
         return away(self._logits(merged), before.logits), before.bound(in_its_dtype=True)
 
@@ -191,19 +191,18 @@ class Bench:
         seed_everything(self.context.seed)
         return attaching.attach(self.adapter, base, self.context)
 
-    def _logits(self, model: nn.Module, rounded: bool = False) -> Tensor:
+    def _logits(self, model: nn.Module) -> Tensor:
         """What it predicts for the rows; see `logits`."""
-        batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
-        batch.pop("labels")
-        return logits(model, batch, rounded)
+        return logits(model, self._batch(model))
 
     def _accuracy(self, model: nn.Module) -> Accuracy | NotSupported:
-        """That of what it predicts; or why it has none in float64, if it has some in its own dtype."""
-        rounded = self._logits(model, rounded=True)
-        try:
-            return Accuracy.of(self._logits(model), rounded, rounding(model))
-        except NotSupported as error:
-            return error
+        """That of what it predicts for the rows; see `accuracy`."""
+        return accuracy(model, self._batch(model))
+
+    def _batch(self, model: nn.Module) -> Mapping[str, Tensor]:
+        batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
+        batch.pop("labels")
+        return batch
 
     def _gradients_of_a_step(self, size: int) -> Found:
         """Those of the trainer's first step on all rows, so many of them in one forward pass, without dropout."""
@@ -261,12 +260,12 @@ class Bench:
     @property
     def _bound(self) -> float:
         """How far logits after the steps may be from these."""
-        return _known(self._trained["accuracy"]).bound(self._changed)
+        return measured(self._trained["accuracy"]).bound(self._changed)
 
     @property
     def _adapter(self) -> Path:
         """The saved adapter; NotSupported if the steps left no mark by which it could be told from another."""
-        before, after = (_known(self._trained[name]) for name in ("before", "accuracy"))
+        before, after = (measured(self._trained[name]) for name in ("before", "accuracy"))
         learned = away(after.logits, before.logits)
         if learned <= self._bound:
             raise NotSupported(f"the steps moved the logits by {learned:.2g}: too little to compare")
@@ -300,13 +299,6 @@ class Bench:
 
 class _EnoughError(Exception):
     """Ends a fit whose first step is all that is looked at."""
-
-
-def _known(found: Accuracy | NotSupported) -> Accuracy:
-    """What was found; raises it where it is the reason why there is none."""
-    if isinstance(found, NotSupported):
-        raise found
-    return found
 
 
 def _of(error: Error) -> Measured:
