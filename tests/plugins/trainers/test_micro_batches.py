@@ -248,7 +248,8 @@ def test_processes_tell_each_other_their_rows_and_exchange_losses_that_nobody_re
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_a_step_waits_once_for_a_gpu(padding_free, tmp_path):
-    trainer = SFT(max_steps=6, micro_batch_size=2, batch_size=4, padding_free=padding_free, log_every=6)
+    once = {"log_every": 6, "save_every": 99}  # a checkpoint is copied from the GPU, which waits
+    trainer = SFT(max_steps=6, micro_batch_size=2, batch_size=4, padding_free=padding_free, **once)
     counts = []
 
     def after_step(model, step):
