@@ -35,7 +35,8 @@ test: lint
 
 test-all: export PYTHONDONTWRITEBYTECODE :=
 test-all: lint $(ALL)/.ready
-	$(ALL)/bin/python -m pytest -q -n 2 --dist worksteal
+	$(ALL)/bin/python -m pytest -q -n 2 --dist worksteal --ignore tests/simulated_cuda
+	SIMULATED_CUDA=2 $(ALL)/bin/python -m pytest -q -n 2 --dist worksteal tests/simulated_cuda
 
 test-floors test-newest: test-%:
 	$(PYTHON) scripts/other_versions.py $* $(OPTIONS)

@@ -10,11 +10,12 @@ import pytest
 
 import tunekit as tk
 from tunekit.core.model.precision import choose_precision
+from tunekit.testing import tiny_model
 
 HELD = f"""
 import tunekit as tk
 from {choose_precision.__module__} import choose_precision
-print(choose_precision(None, "cpu", tk.LoRA()))
+print(choose_precision(None, "cpu", tk.LoRA(), lambda: None))
 """
 TESTS = """
 import pytest
@@ -53,7 +54,7 @@ def test_the_tiny_directory_is_a_model_to_train(tiny_directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def held_by_a_fixture() -> str:
-    return str(choose_precision(None, "cpu", tk.LoRA()))
+    return str(choose_precision(None, "cpu", tk.LoRA(), tiny_model))
 
 
 def test_a_base_is_held_in_float32_on_any_processor_in_fixtures_of_a_module_and_in_processes(held_by_a_fixture) -> None:

@@ -33,7 +33,7 @@ from tunekit.core.run.observers import Observers
 from tunekit.core.run.run_log import RunLog
 from tunekit.core.run.verification import Measured, Verification, VerifiedLine, known, line
 from tunekit.core.training import rows_loss
-from tunekit.core.training.accuracy import Error, Found, Measure, rounding, trained, worst
+from tunekit.core.training.accuracy import Found, Measure, rounding, trained, worst
 from tunekit.core.training.prefixes import sharing
 from tunekit.core.training.rows_loss import RowsLoss
 from tunekit.errors import NotSupported
@@ -118,7 +118,7 @@ class Bench:
 
         with in_float64(model):
             true = self._gradients_of_a_step(len(self.rows))
-        return _of(worst(split, whole, true, rounding(model)))
+        return worst(split, whole, true, rounding(model)).measured
 
     def _way(self, way: str) -> Measured:
         """The loss and its gradients the quick way and the plain one, with an adapter that is not as it started."""
@@ -134,7 +134,7 @@ class Bench:
             raise NotSupported(f"the run does not use it: {next(iter(chosen.notes), otherwise)}")
         measure = self._measure
         with chosen.training():
-            return _of(measure.worst(partial(chosen, model, self.rows)))
+            return measure.worst(partial(chosen, model, self.rows)).measured
 
     def _base_untouched(self) -> Measured:
         return float(self._trained["moved"]), 0
@@ -152,7 +152,7 @@ class Bench:
         device = where(sum(p.numel() for p in empty(base).parameters()), self.context.device)
         base = plain(base, self.quantizer, device)
         live = attaching.load(self.adapter, base, self._adapter, self.context).eval()
-        before = measured(self._accuracy(live))
+        before = measured(accuracy(live, self._batch(live)))
         merged = self.adapter.merge(live, attrs.evolve(self.context, quantization=None, dtype="float32"))
         return away(self._logits(merged), before.logits), before.bound(in_its_dtype=True)
 
@@ -174,7 +174,7 @@ class Bench:
     def _fresh(self) -> tuple[nn.Module, Accuracy | NotSupported]:
         """The method on its base, for all lines that leave it as it was before the first step; the base before."""
         base = self.load()
-        before = self._accuracy(base)
+        before = accuracy(base, self._batch(base))
         weights = {name: (value, checksum(value)) for name, value in base.named_parameters()}
         model = self._attached(base)
         self._changed = any(checksum(value) != was for value, was in weights.values())
@@ -194,10 +194,6 @@ class Bench:
     def _logits(self, model: nn.Module) -> Tensor:
         """What it predicts for the rows; see `logits`."""
         return logits(model, self._batch(model))
-
-    def _accuracy(self, model: nn.Module) -> Accuracy | NotSupported:
-        """That of what it predicts for the rows; see `accuracy`."""
-        return accuracy(model, self._batch(model))
 
     def _batch(self, model: nn.Module) -> Mapping[str, Tensor]:
         batch = collate(self.rows, pad_id(self.codec.tokenizer), str(next(model.parameters()).device))
@@ -239,12 +235,12 @@ class Bench:
         weights = dict(base.named_parameters())
         model = self._attached(base)
         kept = {name: checksum(value) for name, value in weights.items() if not value.requires_grad}
-        before = self._accuracy(model)
+        before = accuracy(model, self._batch(model))
         self._fit(model, self.place / "trained")
         stored = checkpoint.newest(self.place / "trained" / files.CHECKPOINTS)
         found: dict[str, Any] = {
             "before": before,
-            "accuracy": self._accuracy(model),
+            "accuracy": accuracy(model, self._batch(model)),
             "parameters": {name: value.detach().clone() for name, value in trained_parameters(model).items()},
             "checkpoint": stored if stored and stored.step < self.context.total_steps else None,
             "moved": sum(checksum(weights[name]) != was for name, was in kept.items()),
@@ -299,7 +295,3 @@ class Bench:
 
 class _EnoughError(Exception):
     """Ends a fit whose first step is all that is looked at."""
-
-
-def _of(error: Error) -> Measured:
-    return error.error, error.bound

@@ -72,6 +72,11 @@ class Error:
         times = self.error / self.bound
         return math.inf if math.isnan(times) else times
 
+    @property
+    def measured(self) -> tuple[float, float]:
+        """The error, and the bound that it is to keep to."""
+        return self.error, self.bound
+
     def __str__(self) -> str:
         return f"the error of {self.of} is {self.error:.2g} so, and {self.plain:.2g} plainly"
 
