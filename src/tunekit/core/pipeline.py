@@ -288,36 +288,40 @@ class Pipeline:
         began = time.monotonic()
         prompted = [] if log.resumed else self._baselines(codec, data)
         pieces = sharded.Pieces(trainer=self.trainer, context=context, processes=log.processes)
-        base = pieces.load(give := partial(load, self._base, self._quantizer, codec))
+        give = partial(pieces.load, partial(load, self._base, self._quantizer, codec))
+        base = None
         measuring = Measuring(self.evaluators, codec.tokenizer, data.validation, context, log.processes, alike)
         if not log.resumed:
-            asked = pieces.cut(base)
-            found.start(measuring.measure(asked, "base"), measuring.measure_prompted(asked, prompted))
-            base = pieces.load(give) if pieces.wanted else base  # nothing can be attached to pieces
+            base = pieces.made(give)
+            found.start(measuring.measure(base, "base"), measuring.measure_prompted(base, prompted))
+            base = pieces.usable(base)  # nothing can be attached to pieces
+        before: dict[str, int] = {}
 
-        seed_everything(self.seed)
-        model = attaching.attach(self.adapter, base, context)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
-        before = checkpoint.checksums(model)
+        def prepared() -> Any:
+            """The model to be trained, as it starts or as a checkpoint has it; one process alone may be at it."""
+            seed_everything(self.seed)
+            model = attaching.attach(self.adapter, give() if base is None else base, context)
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ConfigError(f"{self.adapter.name} left nothing to train", "Pipeline.adapter")
+            before.update(checkpoint.checksums(model))
+            if log.resumed:
+                log.resumed.load_parameters(model)
+                self.adapter.load_train_state(model, log.resumed.state["method"])
+            return model
+
+        model = pieces.made(prepared)
         log.device = context.device
         log.method_state = partial(self.adapter.train_state, model)
         log.load_method_state = partial(self.adapter.load_train_state, model)
         if log.resumed:
-            log.resumed.load_parameters(model)
-            log.load_method_state(log.resumed.state["method"])
             found.record()
 
+        fit = partial(trainer.fit, model, codec.tokenizer, data.train, run=log, context=context)
         with attaching.explained(self.adapter, context):
-            trained = trainer.fit(
-                pieces.cut(model),
-                codec.tokenizer,
-                data.train,
+            trained = fit(
                 after_step=measuring.counting(self.adapter.after_step),
                 extra_loss=self.adapter.extra_loss,
                 validate=partial(measuring.measure, model) if data.validation else None,
-                run=log,
-                context=context,
             )
         checkpoint.check_moved(model, before)
         with sharded.whole(model):

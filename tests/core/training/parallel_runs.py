@@ -1,9 +1,12 @@
 """The runs of test_parallel.py, test_sharded.py and test_deepspeed.py: a user's script, started as one process or by a launcher as several."""
 
+import json
 import os
 import shutil
 import signal
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import attrs
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tunekit as tk
+from tunekit.core.model.base import load_base
 from tunekit.core.run import files
 from tunekit.core.training import parallel
 
@@ -65,6 +69,45 @@ class Stops:
     def tunekit_log(self, step):
         if step == STOP:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watched:
+    """Loads bases and tells when their weights are whole in this process: from before the first until no more are.
+
+    On the clock of the machine, which is the same in all processes. Of an earlier base nothing is left, pieces included.
+    """
+
+    def __init__(self):
+        self.spans, self.whole, self.models = [], set(), []
+
+    def __call__(self, *what):
+        assert not any(earlier() for earlier in self.models)
+        self.spans.append([time.monotonic(), None])
+        model = load_base(*what)
+        self.models.append(weakref.ref(model))
+        for number, value in enumerate([*model.parameters(), *model.buffers()]):
+            if value.numel() > 1000:  # norms are whole anywhere
+                self.whole.add(key := (len(self.spans) - 1, number))
+                weakref.finalize(value, self.gone, key)
+        return model
+
+    def gone(self, key):
+        self.whole.remove(key)
+        if not any(span == key[0] for span, _ in self.whole):
+            self.spans[key[0]][1] = time.monotonic()
+
+
+class Fails:
+    """Loads bases, and raises on one process: the how-many-th time that it is asked for one."""
+
+    def __init__(self, rank, how_many):
+        self.rank, self.left = rank, how_many
+
+    def __call__(self, *what):
+        self.left -= 1
+        if not self.left and parallel.started().rank == self.rank:
+            raise tk.ConfigError("the disk is gone")
+        return load_base(*what)
 
 
 def theirs(processes=1, **arguments):
@@ -138,7 +181,15 @@ def main(what, model, directory):
         make(model, METHODS["lora"], SHORT).run(directory / "launched", resume=True)
         del os.environ[parallel.FSDP]
         for name, adapter in SHARDED.items():
-            make(model, adapter, IN_PIECES).run(directory / name)
+            load = Watched()
+            make(model, adapter, IN_PIECES)._run(directory / name, False, (), load)
+            (directory / f"{name}-whole-{os.environ['RANK']}.json").write_text(json.dumps(load.spans))
+        for rank in (0, 1):  # before the base is measured, and after
+            fails = Fails(rank, rank + 1)
+            try:
+                make(model, METHODS["lora"], IN_PIECES)._run(directory / f"failed-{rank}", False, (), fails)
+            except tk.ConfigError as error:
+                (directory / f"failed-{rank}-{os.environ['RANK']}").write_text(str(error))
         make(model, METHODS["lora"], attrs.evolve(EARLY, parallel="sharded")).run(directory / "early")
         for name in ("lora", "full"):
             make(model, METHODS[name], IN_PIECES, dtype="bfloat16").run(directory / "bfloat16" / name)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import attrs
 import pytest
@@ -66,6 +67,22 @@ def test_each_process_keeps_about_half_of_the_model(two):
         assert kept < 0.52 * there
 
 
+@pytest.mark.parametrize("method", SHARDED)
+def test_one_process_of_a_machine_at_a_time_has_the_whole_base(method, two):
+    loaded = [json.loads((two / f"{method}-whole-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(spans) for spans in loaded] == [2, 2]  # to be measured and to be trained
+    spans = sorted(span for spans in loaded for span in spans)
+    for (_, gone), (asked, _) in pairwise(spans):
+        assert gone is not None
+        assert gone < asked
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_goes_wrong_in_one_turn_ends_all_processes(failing, two):
+    for rank in (0, 1):
+        assert "the disk is gone" in (two / f"failed-{failing}-{rank}").read_text()
+
+
 def test_all_pieces_are_those_of_the_best_evaluation(two):
     check_early(two / "early")
 
@@ -99,7 +116,7 @@ def test_one_process_has_the_whole_model():
     model = tiny_model()
     pieces = Pieces(trainer=IN_PIECES, context=Context(model_id="tiny"), processes=ALONE)
     assert pieces.usable(3) == 3
-    assert pieces.cut(model) is model
+    assert pieces.made(lambda: model) is model
     assert not sharded.in_pieces(model)
     with sharded.whole(model):
         assert sharded.put_together({"states": [torch.ones(2)]})["states"][0].sum() == 2

@@ -9,6 +9,7 @@ along, and whatever needs a parameter from outside of a pass asks for it on all 
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from tunekit.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
@@ -71,18 +73,26 @@ class Pieces:
             return load(attrs.evolve(self.context, device="cpu"))
         return load(self.context)
 
-    def cut(self, model: nn.Module) -> nn.Module:
-        """`model` itself, in pieces on the devices of all processes where that is wanted; there is no way back.
+    def made(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """What `make` returns, in pieces on the devices of all processes where that is wanted; there is no way back.
+
+        The processes of a machine make and cut it one after the other, so that its memory holds one whole model and
+        the pieces of the others, however many they are. Cutting sends nothing: each takes its pieces of its own.
 
         Raises NotSupported for a model that does not say which of its modules are blocks.
         """
         if not self.wanted:
-            return model
+            return make()
         import torch
         from torch.distributed.device_mesh import init_device_mesh
+
+        gc.collect()  # a model in pieces that nobody uses any more refers to itself
+        mesh = init_device_mesh(torch.device(self.context.device).type, (self.processes.count,))
+        return one_at_a_time(self.processes, lambda: self._cut(make(), mesh))
+
+    def _cut(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-        mesh = init_device_mesh(torch.device(self.context.device).type, (self.processes.count,))
         again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
         for block in blocks(model):
             fully_shard(block, mesh=mesh, reshard_after_forward=again)
@@ -101,6 +111,19 @@ class Pieces:
     def usable(self, found: T) -> T | None:
         """`found`, which is made of the model, where a process can use it alone; None if it is in pieces."""
         return None if self.wanted else found
+
+
+def one_at_a_time(processes: Processes, function: Callable[[], T]) -> T:
+    """What `function` returns on each process, one after the other on every machine; all processes call it.
+
+    What it raises on one is raised on all when its turn is over, and no other turn begins. Within it a process is on
+    its own: it must not wait for the others.
+    """
+    mine = int(os.environ.get("LOCAL_RANK", processes.rank))
+    made: list[T] = []
+    for turn in range(max(processes.gather(mine)) + 1):
+        processes.together((lambda: made.append(function())) if turn == mine else lambda: None)
+    return made[0]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
