@@ -2,6 +2,9 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import attrs
@@ -68,13 +71,49 @@ def test_each_process_keeps_about_half_of_the_model(two):
 
 
 @pytest.mark.parametrize("method", SHARDED)
-def test_one_process_of_a_machine_at_a_time_has_the_whole_base(method, two):
+def test_no_second_process_has_the_whole_base_while_the_first_of_the_machine_has(method, two):
     loaded = [json.loads((two / f"{method}-whole-{rank}.json").read_text()) for rank in (0, 1)]
     assert [len(spans) for spans in loaded] == [2, 2]  # to be measured and to be trained
     spans = sorted(span for spans in loaded for span in spans)
     for (_, gone), (asked, _) in pairwise(spans):
         assert gone is not None
         assert gone < asked
+
+
+@attrs.frozen(kw_only=True)
+class Threads(Processes):
+    """Processes in threads of this one: what each says is told when all have."""
+
+    said: dict = attrs.field(factory=dict)
+    barrier: threading.Barrier
+
+    def gather(self, value):
+        self.said[self.rank] = value
+        self.barrier.wait(20)
+        found = [self.said[rank] for rank in range(self.count)]
+        self.barrier.wait(20)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("room", "turns"), [(0, [1] * 6), (1, [1] * 6), (2, [1, 2, 2, 1]), (3, [1, 3, 2]), (99, [1, 5])]
+)
+def test_after_the_first_as_many_go_at_a_time_as_there_is_room_for(room, turns, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    every = [Threads(rank=0, count=6, barrier=threading.Barrier(6))]
+    every += [attrs.evolve(every[0], rank=rank) for rank in range(1, 6)]
+    turn_of = [turn for turn, number in enumerate(turns) for _ in range(number)]
+    begun, together = [], [threading.Barrier(number) for number in turns]
+
+    def work(rank):
+        begun.append(turn_of[rank])
+        together[turn_of[rank]].wait(20)  # breaks unless all of a turn are at work at the same time
+        return rank
+
+    with ThreadPoolExecutor(6) as pool:
+        given = [pool.submit(sharded.in_turns, each, partial(work, each.rank), lambda: room) for each in every]
+        assert [each.result() for each in given] == list(range(6))
+    assert begun == turn_of
 
 
 @pytest.mark.parametrize("failing", [0, 1])

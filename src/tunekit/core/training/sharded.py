@@ -14,10 +14,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
+from tunekit.core.common.free_memory import free_bytes
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod, Quantizer, Trainer
 from tunekit.core.training.parallel import Processes, started
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+
+ROOM = 2
+"""Parts of a whole model's size that there is to be free memory for: while float32 is made of bfloat16, both are."""
 
 
 def check(trainer: Trainer, adapter: AdapterMethod, quantizer: Quantizer | None) -> None:
@@ -76,8 +81,8 @@ class Pieces:
     def made(self, make: Callable[[], nn.Module]) -> nn.Module:
         """What `make` returns, in pieces on the devices of all processes where that is wanted; there is no way back.
 
-        The processes of a machine make and cut it one after the other, so that its memory holds one whole model and
-        the pieces of the others, however many they are. Cutting sends nothing: each takes its pieces of its own.
+        The processes of a machine make and cut it in turns, so that its memory holds no more whole models at a time
+        than it has room for, and be it one. Cutting sends nothing: each takes its pieces of its own.
 
         Raises NotSupported for a model that does not say which of its modules are blocks.
         """
@@ -88,7 +93,15 @@ class Pieces:
 
         gc.collect()  # a model in pieces that nobody uses any more refers to itself
         mesh = init_device_mesh(torch.device(self.context.device).type, (self.processes.count,))
-        return one_at_a_time(self.processes, lambda: self._cut(make(), mesh))
+        size = 0
+
+        def cut() -> nn.Module:
+            nonlocal size
+            model = make()
+            size = sum(each.nbytes for each in chain(model.parameters(), model.buffers()))
+            return self._cut(model, mesh)
+
+        return in_turns(self.processes, cut, lambda: free_bytes("cpu") // max(1, ROOM * size))
 
     def _cut(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -113,16 +126,27 @@ class Pieces:
         return None if self.wanted else found
 
 
-def one_at_a_time(processes: Processes, function: Callable[[], T]) -> T:
-    """What `function` returns on each process, one after the other on every machine; all processes call it.
+def in_turns(processes: Processes, function: Callable[[], T], room: Callable[[], int]) -> T:
+    """What `function` returns on each process; all processes call it.
 
-    What it raises on one is raised on all when its turn is over, and no other turn begins. Within it a process is on
-    its own: it must not wait for the others.
+    On every machine the first process goes alone. Then it says by `room` how many may go at a time, which is the same
+    on all machines: the least that one says, and at least one.
+
+    What `function` raises on one is raised on all when its turn is over, and no other turn begins. Within it a process
+    is on its own: it must not wait for the others.
     """
     mine = int(os.environ.get("LOCAL_RANK", processes.rank))
     made: list[T] = []
-    for turn in range(max(processes.gather(mine)) + 1):
-        processes.together((lambda: made.append(function())) if turn == mine else lambda: None)
+
+    def go(turn: bool) -> None:
+        processes.together((lambda: made.append(function())) if turn else lambda: None)
+
+    last = max(processes.gather(mine))
+    go(mine == 0)
+    said = processes.gather(room() if mine == 0 else None)
+    at_once = max(1, min(number for number in said if number is not None))
+    for first in range(1, last + 1, at_once):
+        go(first <= mine < first + at_once)
     return made[0]
 
 
