@@ -138,6 +138,10 @@ def other_project(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tunekit\nVersion: 0.3\n", encoding="utf-8")
         (info / "RECORD").write_text("".join(f"{name},,\n" for name in files), encoding="utf-8")
+        # They are there, too: the backport of importlib.metadata, which other packages put in its place, looks.
+        for name in files:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
         monkeypatch.syspath_prepend(str(tmp_path))
 
     return install
@@ -160,5 +164,5 @@ def test_strict_about_plugins_a_stranger_is_an_error(other_project):
 
 
 def test_a_distribution_of_that_name_which_brings_no_such_package_replaces_nothing(other_project):
-    other_project("tunekit-0.3.dist-info/METADATA", "__editable__.tunekit.pth")
+    other_project("tunekit-0.3.dist-info/INSTALLER", "__editable__.tunekit.pth")
     assert Registry(environment={}).find("adapter", "lora") is tk.LoRA

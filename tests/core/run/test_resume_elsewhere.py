@@ -130,6 +130,7 @@ def test_a_run_that_begins_again_has_its_dtype_too(machine, tiny_directory, tmp_
     ],
 )
 def test_the_device_is_the_one_asked_for_else_that_of_the_run_if_it_is_here(asked, before, there, taken, monkeypatch):
+    monkeypatch.delenv(devices.VARIABLE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert devices.choose(asked, before) == taken
 

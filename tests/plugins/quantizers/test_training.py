@@ -112,7 +112,7 @@ def test_an_export_is_a_plain_model_that_predicts_what_the_quantized_one_did(fin
     # The live model rounds activations, too, over Int8; test_every_method.py compares without that.
     assert away <= (1e-3 if pipeline._quantizer.scheme == "nf4" else 5e-3)
     # Rounded again into 4 bits, most of the training is undone; 8 bits are fine enough.
-    quantizer, context = pipeline._quantizer, pipeline._context(device="cpu")
+    quantizer, context = pipeline._quantizer, pipeline._context(device="cpu", dtype="float32")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", **quantizer.load_kwargs(context))
     lost = nll(pipeline, quantizer.prepare(again, context)) - run.metrics["nll"]
     assert lost > 0.5 if quantizer.scheme == "nf4" else abs(lost) < 5e-3
