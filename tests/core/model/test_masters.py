@@ -114,6 +114,33 @@ def test_an_error_amidst_a_pass_leaves_nothing_behind_either():
     assert torch.equal(model(IDS).logits, half("llama")(IDS).logits)
 
 
+def interrupted(model):
+    """`model` after a pass that ended by Ctrl-C, and whose weights were changed since."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt  # which torch lets pass without calling any hook
+
+    hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    with torch.no_grad():
+        dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"].mul_(2)
+    return model
+
+
+def test_copies_of_a_pass_that_the_user_interrupted_are_not_those_of_the_next():
+    model = interrupted(held("llama"))
+    assert torch.equal(model(IDS).logits, interrupted(half("llama"))(IDS).logits)
+    assert not [name for module in model.modules() for name in vars(module) if name in module._parameters]
+
+
+def test_copies_of_a_pass_that_the_user_interrupted_are_forgotten_too():
+    model = interrupted(held("llama"))
+    masters.forget(model)
+    assert torch.equal(model(IDS).logits, interrupted(half("llama")).float()(IDS).logits)
+
+
 def test_a_weight_is_seen_rounded_by_whoever_multiplies_with_it_within_its_layer():
     """Some layers take the weight of a module they do not call, as those with kernels of their own."""
     model = held("llama")

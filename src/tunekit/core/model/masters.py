@@ -105,7 +105,9 @@ def forget(model: nn.Module) -> None:
         vars(module).pop(SEEN, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), _Rounding):
+                rounding = getattr(hook, "__self__", hook)
+                if isinstance(rounding, _Rounding):
+                    rounding.take_away()
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
 
@@ -116,23 +118,29 @@ class _Rounding:
     """The hooks of one module, before and after it computes; a deep copy of the module has its own.
 
     Args:
-        made: for each call that is under way, where copies were put for it.
+        made: where copies were put for the call that is under way.
     """
 
-    made: list[list[tuple[nn.Module, str]]] = attrs.field(factory=list)
+    made: list[tuple[nn.Module, str]] = attrs.field(factory=list)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Put copies in the places where none are yet; the gradient goes through them."""
+        self.take_away()  # KeyboardInterrupt ends a call without its hooks
         places = _places(module)
-        self.made.append([(owner, name) for owner, name, _ in places])
         for owner, name, dtype in places:
+            self.made.append((owner, name))
             vars(owner)[name] = owner._parameters[name].to(dtype)
 
     @needless_where_lean
     def end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Take them away."""
-        for owner, name in self.made.pop():
-            del vars(owner)[name]
+        self.take_away()
+
+    def take_away(self) -> None:
+        """Take away what copies there are of a call."""
+        while self.made:
+            owner, name = self.made.pop()
+            vars(owner).pop(name, None)
 
 
 def _places(model: nn.Module) -> list[tuple[Any, str, torch.dtype]]:
