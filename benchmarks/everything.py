@@ -30,13 +30,16 @@ THREE = ("tunekit", REFERENCE, "trl")
 STAGES = {
     # file: (work, arms, share of the minutes that are left)
     "speed": (MAIN, SETS["main"], 0.7),
+    "speed-avx512-bf16": (MAIN, SETS["dtypes"], 0.7),
     "speed-0.5b": (LARGE, THREE, 0.5),
     "levers": (LEVERS, SETS["levers"], 0.6),
     "scaling-least": (EVEN, ("tunekit", REFERENCE, "trl-tuned-float32"), 0.5),
     "speed-0.5b-full": (FULL, ("tunekit", REFERENCE), 0.8),
     "stories260k": (Workload(shape="stories260k", steps=30), (*THREE, "trl-tuned-float32"), 0.8),
 }
-"""Fewer rows a step than a user's 8 where that would take hours: peers are slow."""
+"""`speed-avx512-bf16` is `speed` for a processor that has these instructions. Some have fewer rows a step than a
+user's 8, where that would take hours: peers are slow.
+"""
 
 
 def main(arguments=None):

@@ -33,6 +33,7 @@ are tokenized already: what TRL takes to tokenize them is not counted.
 `make bench` makes an environment with the peers and measures all of it anew."""
 COMPARISONS = {
     "speed": "The 135M shape",
+    "speed-avx512-bf16": "The 135M shape on a processor with AVX512-BF16, in both dtypes",
     "speed-0.5b": "The 0.5B shape, vocabulary of 152k",
     "speed-0.5b-full": "The 0.5B shape, a step of 2,000 tokens",
     "stories260k": "A very small model: stories260k",

@@ -54,6 +54,7 @@ def _plain(about, dtype):
 
 ARMS = {
     "tunekit": _tunekit("tk.SFT as it comes"),
+    "tunekit-bfloat16": _tunekit("tk.SFT, bfloat16 base", "bfloat16"),
     "tunekit-recomputing": _tunekit("tk.SFT, activations computed again as by TRL", gradient_checkpointing=True),
     "tunekit-compiled": _tunekit("tk.SFT with compiled layers", compile=True),
     "transformers-float32": _plain("transformers.Trainer + PEFT, float32 base", "float32"),
@@ -76,6 +77,7 @@ REFERENCE = "transformers-float32"
 """What the others are held against: plain, unquantized, and of nobody who takes part."""
 SETS = {
     "main": MAIN,
+    "dtypes": ("tunekit", "tunekit-bfloat16", REFERENCE, "transformers-bfloat16", "trl-tuned-float32", "trl"),
     "levers": (REFERENCE, *LEVERS),
     "all": (*MAIN, *LEVERS),
     "two": ("tunekit", REFERENCE),
