@@ -152,6 +152,31 @@ def test_a_weight_is_seen_rounded_by_whoever_multiplies_with_it_within_its_layer
     assert layer.mlp.down_proj.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("part", ["all", "vectors"])
+def test_a_module_is_seen_rounded_by_whoever_casts_to_its_dtype_before_the_call(part):
+    """As Mamba does for its last normalization and its head, which are in no layer."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=261, hidden_size=32, num_hidden_layers=2, state_size=8)
+    model = MambaForCausalLM(config).bfloat16().eval()
+    expected = model(IDS).logits
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(PARTS[part](name, parameter))
+    masters.train_in_float32(model)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_layers_keep_their_copies_no_longer_than_they_compute():
+    model = held("llama")
+    seen = []
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: seen.extend("weight" in vars(one.mlp.up_proj) for one in model.model.layers)
+    )
+    model(IDS)
+    assert seen == [False, False]
+
+
 def test_parameters_in_a_list_are_rounded_where_the_list_belongs():
     class Sum(torch.nn.Module):
         def __init__(self):

@@ -43,15 +43,15 @@ def widen(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.dtype]
 def see_rounded(model: nn.Module, dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
     """Have the modules of `model` see these of its parameters in these dtypes whenever they compute."""
     modules = dict(model.named_modules())
-    units: dict[nn.Module, None] = {}
+    units: dict[nn.Module, bool] = {}
     for name, module in modules.items():
         seen = {at: dtypes[p] for at, p in module._parameters.items() if p is not None and p in dtypes}
         if seen:
             setattr(module, SEEN, getattr(module, SEEN, {}) | seen)
-            units |= dict.fromkeys(modules[unit] for unit in _units(name, modules))
-    for unit in units:
+            units |= {modules[unit]: layer for unit, layer in _units(name, modules)}
+    for unit, layer in units.items():
         if not any(isinstance(hook, _Rounding) for hook in unit._forward_pre_hooks.values()):
-            rounding = _Rounding()
+            rounding = _Rounding(layer)
             unit.register_forward_pre_hook(rounding)
             unit.register_forward_hook(rounding.end, always_call=True)
 
@@ -118,15 +118,17 @@ class _Rounding:
     """The hooks of one module, before and after it computes; a deep copy of the module has its own.
 
     Args:
+        layer: whether the module is a layer, of those that repeat.
         made: where copies were put for the call that is under way.
     """
 
+    layer: bool
     made: list[tuple[nn.Module, str]] = attrs.field(factory=list)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Put copies in the places where none are yet; the gradient goes through them."""
         self.take_away()  # KeyboardInterrupt ends a call without its hooks
-        places = _places(module)
+        places = _places(module, within_layers=self.layer)
         for owner, name, dtype in places:
             self.made.append((owner, name))
             vars(owner)[name] = owner._parameters[name].to(dtype)
@@ -143,22 +145,35 @@ class _Rounding:
             vars(owner).pop(name, None)
 
 
-def _places(model: nn.Module) -> list[tuple[Any, str, torch.dtype]]:
-    """The parameters within `model` that are to be seen in another dtype and are not yet: module, name, dtype."""
+def _places(model: nn.Module, within_layers: bool = True) -> list[tuple[Any, str, torch.dtype]]:
+    """The parameters within `model` that are to be seen in another dtype and are not yet: module, name, dtype.
+
+    With or without those of its layers that repeat.
+    """
     return [
         (module, name, dtype)
-        for module in model.modules()
+        for module in (model.modules() if within_layers else _outside_of_layers(model))
         for name, dtype in vars(module).get(SEEN, {}).items()
         if name not in vars(module)
     ]
 
 
-def _units(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The modules at whose call the parameters of the module of that name are rounded.
+def _outside_of_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model` that are in none of its layers that repeat."""
+    from torch import nn
+
+    yield model
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            yield from _outside_of_layers(child)
+
+
+def _units(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, bool]]:
+    """The modules at whose call the parameters of the module of that name are rounded, and whether each is a layer.
 
     It itself, or what it is a part of, for tables that are never called. And the layer that it is in, of those that
-    repeat: within one, some models multiply with the weight of a module without calling it. The layer, since what is
-    computed again in a backward pass is a layer.
+    repeat, or the whole model if it is in none: some models multiply with the weight of a module without calling it,
+    or cast to its dtype before they call it. The layer, since what is computed again in a backward pass is a layer.
     """
     from torch import nn
 
@@ -166,9 +181,12 @@ def _units(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     own = name
     while own and isinstance(modules[own], tables):
         own = own.rpartition(".")[0]
-    yield own
     parts = name.split(".")
     for end in range(1, len(parts)):
         if isinstance(modules[".".join(parts[:end])], nn.ModuleList):
-            yield ".".join(parts[: end + 1])
+            layer = ".".join(parts[: end + 1])
+            yield own, own == layer
+            yield layer, True
             return
+    yield own, False
+    yield "", False
