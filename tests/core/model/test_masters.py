@@ -17,7 +17,8 @@ from tunekit.plugins.trainers.recomputing import activations_computed_again
 from tunekit.testing import tiny_model
 
 IDS = torch.randint(5, 260, (2, 12), generator=torch.Generator().manual_seed(0))
-PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
+PRODUCTS = ("aten.mm.default", "aten.addmm.default")
+"""Those with weights. Of others, some versions of transformers take angles of positions as products in float32."""
 PARTS = {
     "all": lambda name, parameter: True,
     "vectors": lambda name, parameter: parameter.dim() == 1,

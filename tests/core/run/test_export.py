@@ -1,15 +1,18 @@
 """An export is a plain model, read again before it is there; other code than ours finds in our files what was trained."""
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunekit as tk
+from tunekit.core.common.distributions import release
 from tunekit.core.run import export as exporting
 from tunekit.testing import tiny_model, tiny_tokenizer
 
@@ -90,6 +93,8 @@ def test_peft_and_transformers_read_the_adapter(finished, tiny_directory):
                 plain.load_adapter(directory)
             return
         report = plain.load_adapter(directory)
+        if name == "head" and release(transformers.__version__) < (5, 23):
+            return  # it left a trained head unread
         if name == "dora":
             # transformers 5.23 looks for the magnitudes under another name than PEFT saves them, for any DoRA file.
             assert all("lora_magnitude_vector" in key for key in report.missing_keys)
@@ -170,7 +175,7 @@ def test_the_card_states_what_it_is_made_of_and_no_path_of_this_machine(run, tmp
         f"{rows['train']} trained on, {rows['validation']} held out",
         "| metric | base | prompted-1 | tuned |",
         f"| nll | {run.base_metrics['nll']:.4g} | {prompted['nll']:.4g} | {run.metrics['nll']:.4g} |",
-        f"torch {torch.__version__}",
+        f"torch {importlib.metadata.version('torch')}",
     ):
         assert fact in card
     for path in directory.iterdir():

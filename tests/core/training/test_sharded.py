@@ -196,6 +196,17 @@ def test_what_needs_whole_parameters_is_refused_before_anything_is_loaded(adapte
                  model=tk.TINY, **parts).check()  # fmt: skip
 
 
+@pytest.mark.parametrize(("installed", "taken"), [("2.11.0+cu130", False), ("2.12.0", True), ("3.0", True)])
+def test_a_quantized_base_is_cut_into_pieces_by_a_torch_that_takes_integers(installed, taken, monkeypatch):
+    monkeypatch.setattr(sharded, "version", lambda name: installed)
+    pipeline = attrs.evolve(make("nowhere", tk.QLoRA(rank=2), IN_PIECES), model=tk.TINY)
+    if taken:
+        pipeline.check()
+        return
+    with pytest.raises(tk.ConfigError, match=r"torch 2\.11\.0\+cu130 cuts no quantized base.*install torch 2\.12"):
+        pipeline.check()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "instead"),
     [

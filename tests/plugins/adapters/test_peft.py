@@ -2,11 +2,13 @@
 
 import importlib.util
 
+import peft
 import pytest
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import tunekit as tk
+from tunekit.core.common.distributions import release
 from tunekit.core.run.checkpoint import trained_parameters
 from tunekit.core.run.plan import count_parameters
 from tunekit.plugins.adapters.peft import CANNOT, MOVED, OWN
@@ -47,6 +49,8 @@ WORKS = {
     "VERA": LINEAR,
     "WAVEFT": LINEAR | {"n_frequency": 100},
 }
+if release(peft.__version__) < (0, 21):
+    del WORKS["SHADOW"], WORKS["SUPERTUNING"]
 LACKS_A_PACKAGE = {"ADAMSS": ("sklearn", "scikit-learn is required")}
 NOT_MERGED = {"ADAPTION_PROMPT", "BEFT", "CARTRIDGE", "LILY", "P_TUNING", "SHADOW"}
 CONTEXT = tk.Context(model_id="a/b")

@@ -64,6 +64,11 @@ def version(name: str) -> str:
     return described(found).version if found else UNKNOWN
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, (2, 12) of "2.12.1+cpu"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def bringing(name: str, package: str) -> Installed | None:
     """The distribution `name`, if it is installed and the list of its files has some of that package."""
     found = next(iter(importlib.metadata.distributions(name=name)), None)

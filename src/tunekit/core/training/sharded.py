@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
+from tunekit.core.common.distributions import release, version
 from tunekit.core.common.free_memory import free_bytes
 from tunekit.core.component import Context
 from tunekit.core.interfaces import AdapterMethod, Quantizer, Trainer
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+
+CUTS_INTEGERS = (2, 12)
+"""The first torch whose FSDP2 takes parameters that are integers, as packed weights are: older ones want gradients."""
 
 ROOM = 2
 """Parts of a whole model's size that there is to be free memory for: while float32 is made of bfloat16, both are."""
@@ -48,6 +52,14 @@ def check(trainer: Trainer, adapter: AdapterMethod, quantizer: Quantizer | None)
             )
     if quantizer and not quantizer.shardable:
         raise ConfigError(f"{quantizer.name} needs its weights whole; {instead} NF4", "Pipeline.quantizer")
+    installed = version("torch")
+    if quantizer and release(installed) < CUTS_INTEGERS:
+        wanted = ".".join(map(str, CUTS_INTEGERS))
+        raise ConfigError(
+            f"torch {installed} cuts no quantized base into pieces; install torch {wanted} or newer, or train it whole "
+            "(parallel='replicated')",
+            "Pipeline.quantizer",
+        )
 
 
 @attrs.frozen(kw_only=True)
