@@ -146,6 +146,26 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         del sys.modules[module]
 
 
+@pytest.fixture
+def lean_lora_rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has LoRA's lean forward be off by so many roundings of its dtype: `lean_lora_rounding(3)`."""
+    import torch
+
+    from tunekit.core.lean.lora import LeanLoRA
+
+    right = LeanLoRA.compute
+
+    def rounding(times: int) -> None:
+        def noisy(self: Any, x: Any) -> Any:
+            y = right(self, x)
+            off = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
+            return y + (y.detach().double() * off * times * torch.finfo(y.dtype).eps / 2).to(y.dtype)
+
+        monkeypatch.setattr(LeanLoRA, "compute", noisy)
+
+    return rounding
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, driven by playwright."""

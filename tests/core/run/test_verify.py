@@ -286,15 +286,10 @@ def test_a_gradient_that_is_wrong_behind_a_loss_that_is_right_is_seen(tiny_direc
 
 
 @pytest.mark.parametrize(("dtype", "roundings"), [("float32", 10), ("bfloat16", 1)])
-def test_a_lean_forward_that_rounds_three_times_as_much_fails(tiny_directory, dtype, roundings, monkeypatch):
-    right = lora.LeanLoRA.compute
-
-    def noisy(self, x):
-        y = right(self, x)
-        off = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
-        return y + (y.detach().double() * off * 3 * roundings * torch.finfo(y.dtype).eps / 2).to(y.dtype)
-
-    monkeypatch.setattr(lora.LeanLoRA, "compute", noisy)
+def test_a_lean_forward_that_rounds_three_times_as_much_fails(
+    tiny_directory, dtype, roundings, lean_lora_rounding, monkeypatch
+):
+    lean_lora_rounding(3 * roundings)
     monkeypatch.setattr(rows_loss, "as_accurate", lambda chosen, *_: chosen)  # by which a run would see it, too
     report = make(tiny_directory, tk.LoRA(rank=4), dtype=dtype).verify()
     assert statuses(report) == {**PASS, "lean forwards == usual ones": "fail"}, str(report)

@@ -11,7 +11,6 @@ from transformers import LlamaForCausalLM, MambaConfig
 
 import tunekit as tk
 from tunekit.core.evaluation.predicting import dropping_nothing, drops
-from tunekit.core.lean import lora
 from tunekit.core.lean.forwards import lean_forwards
 from tunekit.core.model.dequantize import dequantize
 from tunekit.core.training import float64, head_loss
@@ -104,15 +103,10 @@ def test_all_ways_at_once_are_as_accurate_as_the_plain_one(name, dtype):
 
 # Adding up in float32 costs some ten roundings; in bfloat16, where sums are in float32, there is the last one alone.
 @pytest.mark.parametrize(("dtype", "roundings"), [("float32", 10), ("bfloat16", 1)])
-def test_a_lean_forward_that_rounds_three_times_as_much_is_not_used_and_the_log_says_why(dtype, roundings, monkeypatch):
-    right = lora.LeanLoRA.compute
-
-    def noisy(self, x):
-        y = right(self, x)
-        off = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
-        return y + (y.detach().double() * off * 3 * roundings * torch.finfo(y.dtype).eps / 2).to(y.dtype)
-
-    monkeypatch.setattr(lora.LeanLoRA, "compute", noisy)
+def test_a_lean_forward_that_rounds_three_times_as_much_is_not_used_and_the_log_says_why(
+    dtype, roundings, lean_lora_rounding
+):
+    lean_lora_rounding(3 * roundings)
     found = choose(attached(tk.LoRA(rank=8), dtype), rows(), 0, "cpu", padding_free=True, chunked=True, lean=True)
     assert (found.padding_free, found.chunked, found.lean) == (True, True, False)
     (note,) = found.notes
